@@ -1,0 +1,56 @@
+"""Every error that greenjobs raises on purpose: one root, a subclass for each thing a caller can do differently.
+
+Messages name the object and the way out; what a handler may want to compute with is an attribute.
+"""
+
+from __future__ import annotations
+
+
+class GreenjobsError(Exception):
+    """The root of all errors raised by greenjobs."""
+
+
+class ConfigError(GreenjobsError):
+    """A setting is missing or wrong; the message names the option, the value, and what is allowed."""
+
+
+class JobDefinitionError(GreenjobsError):
+    """A `@job` cannot work as it is declared; raised when its module is imported."""
+
+
+class PayloadError(GreenjobsError, ValueError):
+    """An argument cannot be stored as JSON; raised by `.delay`, nothing was enqueued.
+
+    `path` leads to the value, as in `to[2].name`; it is empty when the payload as a whole is at fault.
+    """
+
+    def __init__(self, message: str, *, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class PayloadMismatch(GreenjobsError):
+    """A stored payload does not fit the job's signature any more, so that no retry can help.
+
+    `path` names the argument or field that does not fit.
+    """
+
+    def __init__(self, message: str, *, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class DatabaseUnavailable(GreenjobsError):
+    """The database cannot be used: it does not answer in time, refuses, is too old, or all connections are busy."""
+
+
+class SchemaError(GreenjobsError):
+    """The tables are missing, older than this release, or not what a migration left behind; says what to type."""
+
+
+class EmbeddedServerError(GreenjobsError):
+    """The embedded PostgreSQL server cannot be found or started."""
+
+
+class NotPatched(GreenjobsError):
+    """A runner was started in a process that gevent has not patched, where jobs would wait one after the other."""
