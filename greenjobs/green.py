@@ -1,0 +1,67 @@
+"""The green edge to psycopg2: gevent's patches, and how a connection waits without holding the event loop.
+
+psycopg2 is C code, which gevent cannot patch; it offers a wait callback instead, one for the whole process. psycogreen
+installs one, and ours takes its place to mend two things: an interrupted wait also stops the statement on the server,
+and what interrupted it comes out as itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import gevent
+import gevent.monkey
+import psycopg2
+from gevent.socket import wait_read, wait_write
+from psycogreen.gevent import patch_psycopg
+from psycopg2 import extensions
+
+# What must be patched for jobs to overlap; a process where one of these is not was patched by hand, in part.
+_NEEDED_PATCHES = ("socket", "ssl", "time", "select", "threading")
+
+# The two states in which a statement can be under way. While connecting there is nothing to cancel.
+_CONNECTED = (extensions.STATUS_READY, extensions.STATUS_BEGIN)
+
+
+def patch() -> None:
+    """Make the standard library and psycopg2 cooperative; again is harmless. Call it before any other import."""
+    gevent.monkey.patch_all()
+    # psycogreen's is the documented entry, which other libraries look for; our callback then replaces its callback.
+    patch_psycopg()
+    extensions.set_wait_callback(_wait)
+
+
+def missing_patches() -> tuple[str, ...]:
+    """What is not cooperative in this process: modules, and "psycopg2"; empty where all is well."""
+    missing = tuple(name for name in _NEEDED_PATCHES if not gevent.monkey.is_module_patched(name))
+    return missing if extensions.get_wait_callback() is not None else (*missing, "psycopg2")
+
+
+def _wait(connection: extensions.connection) -> None:
+    while True:
+        state = connection.poll()
+        if state == extensions.POLL_OK:
+            return
+        try:
+            if state == extensions.POLL_READ:
+                wait_read(connection.fileno())
+            elif state == extensions.POLL_WRITE:
+                wait_write(connection.fileno())
+            else:
+                raise psycopg2.OperationalError(f"unexpected state of a connection while waiting: {state}")
+        except BaseException:
+            # A timeout, a cancel, the end of the greenlet. psycopg2 closes the connection when this function raises,
+            # but the server would go on with the statement and, in autocommit, commit it.
+            if connection.status in _CONNECTED:
+                _cancel(connection)
+            raise
+
+
+def _cancel(connection: extensions.connection) -> None:
+    """Stop the statement on the server. libpq opens a second connection for this and blocks, so not in this thread."""
+
+    def cancel() -> None:
+        with contextlib.suppress(psycopg2.Error):
+            connection.cancel()
+
+    gevent.get_hub().threadpool.apply(cancel)

@@ -1,0 +1,266 @@
+"""Connections to PostgreSQL that are safe across threads, greenlets and fork, and the rules for opening one.
+
+A pool hands out autocommit connections, newest first, up to a bound. Its one lock guards list operations only, during
+which no greenlet switch can happen: so it works the same in plain threads, under gevent, and when gevent patches the
+process after this module was imported. Whoever finds all connections busy waits on an event made at that moment, which
+is the patched one where patching happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import psycopg2
+from psycopg2 import extensions
+
+from greenjobs import config, embedded
+from greenjobs.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection
+
+MINIMUM_SERVER_VERSION = 130000
+
+# A lost host is noticed after about 10 + 3 × 5 s of silence, and unacknowledged data after 20 s, instead of two hours.
+_KEEPALIVES = {
+    "keepalives": "1",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "20000",
+}
+
+# A connection that lay idle this long is looked at before use: the server may have closed it meanwhile.
+_TRUST_IDLE_SECONDS = 1.0
+
+
+class ConnectionPool:
+    """Up to `size` autocommit connections to one database.
+
+    `wait_seconds` bounds all of: waiting for a free connection, and opening one. Opening is lazy. A forked child starts
+    with an empty pool; the parent's connections are left alone.
+    """
+
+    def __init__(self, database_url: str, *, size: int, wait_seconds: float, application_name: str) -> None:
+        self.database_url = database_url
+        self.size = size
+        self.wait_seconds = wait_seconds
+        self.application_name = application_name
+        self._lock = threading.Lock()
+        self._reset()
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """Lend a connection; it comes back clean, or is closed when an error left it otherwise.
+
+        Raises DatabaseUnavailable when none is free, or none can be opened, within `wait_seconds`.
+        """
+        connection = self._take()
+        try:
+            yield connection
+        finally:
+            self._give_back(connection)
+
+    def close(self) -> None:
+        """Close the idle connections; those that are lent are closed when they come back."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            self._generation += 1
+            self._open -= len(idle)
+        for connection, _ in idle:
+            connection.close()
+
+    def _reset(self) -> None:
+        self._process_id = os.getpid()
+        self._generation = 0
+        self._open = 0
+        self._idle: list[tuple[Connection, float]] = []
+        self._waiting: deque[threading.Event] = deque()
+        self._lent: dict[int, int] = {}
+
+    def _take(self) -> Connection:
+        if self._process_id != os.getpid():
+            # psycopg2 never closes a connection in another process than the one that opened it, so these are just
+            # forgotten. The lock may have been held by a thread that does not exist here.
+            self._lock = threading.Lock()
+            self._reset()
+        deadline = time.monotonic() + self.wait_seconds
+        while True:
+            turn: threading.Event | None = None
+            with self._lock:
+                if self._idle:
+                    connection, idle_since = self._idle.pop()
+                    generation = self._generation
+                elif self._open < self.size:
+                    self._open += 1
+                    generation = self._generation
+                    connection = None
+                else:
+                    turn = threading.Event()
+                    self._waiting.append(turn)
+            if turn is not None:
+                self._wait_for(turn, deadline)
+                continue
+            if connection is not None and not _is_usable(connection, idle_since):
+                connection.close()
+                connection = None
+            if connection is None:
+                connection = self._open_one(deadline)
+            self._lent[id(connection)] = generation
+            return connection
+
+    def _open_one(self, deadline: float) -> Connection:
+        try:
+            return connect(
+                self.database_url,
+                application_name=self.application_name,
+                timeout_seconds=max(deadline - time.monotonic(), 0.1),
+            )
+        except BaseException:
+            self._forget_one()
+            raise
+
+    def _wait_for(self, turn: threading.Event, deadline: float) -> None:
+        if turn.wait(max(deadline - time.monotonic(), 0)):
+            return
+        with self._lock:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            elif turn.is_set():  # given just as the time was up
+                return
+        raise DatabaseUnavailable(
+            f"all {self.size} connections to {config.redact(self.database_url)} stayed busy for "
+            f"{self.wait_seconds:g} s (application {self.application_name}); allow more of them, or hold them shorter"
+        )
+
+    def _give_back(self, connection: Connection) -> None:
+        generation = self._lent.pop(id(connection), None)
+        if generation is None:
+            return  # borrowed before a fork, given back in the child: the parent's
+        if generation == self._generation and _is_clean(connection):
+            with self._lock:
+                self._idle.append((connection, time.monotonic()))
+                self._wake_next()
+        else:
+            with contextlib.suppress(psycopg2.Error):
+                connection.close()
+            self._forget_one()
+
+    def _forget_one(self) -> None:
+        with self._lock:
+            self._open -= 1
+            self._wake_next()
+
+    def _wake_next(self) -> None:
+        if self._waiting:
+            self._waiting.popleft().set()
+
+
+def connect(database_url: str, *, application_name: str, timeout_seconds: float) -> Connection:
+    """Open an autocommit connection; starts the embedded server where the URL names one.
+
+    Raises DatabaseUnavailable when the server refuses, does not answer within `timeout_seconds`, or is too old.
+    """
+    dsn = _libpq_dsn(database_url, application_name, timeout_seconds)
+    try:
+        with _green_deadline(timeout_seconds):
+            connection = psycopg2.connect(dsn)
+    except psycopg2.OperationalError as error:
+        raise DatabaseUnavailable(f"cannot connect to {config.redact(database_url)}: {str(error).strip()}") from error
+    if connection.server_version < MINIMUM_SERVER_VERSION:
+        version = connection.server_version
+        connection.close()
+        raise DatabaseUnavailable(
+            f"{config.redact(database_url)} is PostgreSQL {version // 10000}.{version % 10000}; "
+            f"greenjobs needs {MINIMUM_SERVER_VERSION // 10000} or later"
+        )
+    connection.autocommit = True
+    return connection
+
+
+def _libpq_dsn(database_url: str, application_name: str, timeout_seconds: float) -> str:
+    """The URL as libpq takes it, with our defaults for what it leaves open."""
+    if embedded.is_embedded_url(database_url):
+        database_url = embedded.start(database_url, project_folder=config.project_folder())
+    try:
+        given: dict[str, Any] = extensions.parse_dsn(database_url)
+    except psycopg2.ProgrammingError as error:
+        # libpq's message quotes what it could not read, which may be a password: it stays out of ours.
+        raise DatabaseUnavailable(f"the database URL {config.redact(database_url)} cannot be read by libpq") from error
+    defaults = {
+        **_KEEPALIVES,
+        "application_name": application_name,
+        # Whole seconds, at least 2: libpq rounds up, and a smaller value would fail on a merely busy host.
+        "connect_timeout": str(max(2, int(timeout_seconds + 0.999))),
+    }
+    return str(extensions.make_dsn(**{**defaults, **given}))
+
+
+@contextlib.contextmanager
+def _green_deadline(seconds: float) -> Iterator[None]:
+    """Bound what runs inside; libpq ignores connect_timeout when it waits through a callback."""
+    if extensions.get_wait_callback() is None or "gevent" not in sys.modules:
+        yield
+        return
+    import gevent  # loaded already: only a process that uses gevent has a wait callback
+
+    timeout = gevent.Timeout.start_new(seconds)
+    try:
+        yield
+    except gevent.Timeout as raised:
+        if raised is not timeout:
+            raise
+        raise psycopg2.OperationalError(f"no answer within {seconds:g} s") from None
+    finally:
+        timeout.close()
+
+
+def _is_clean(connection: Connection) -> bool:
+    if connection.closed:
+        return False
+    return connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+
+
+def _is_usable(connection: Connection, idle_since: float) -> bool:
+    """Whether the server still holds its end. Nothing was sent yet, so opening another connection is always safe."""
+    if connection.closed:
+        return False
+    if time.monotonic() - idle_since < _TRUST_IDLE_SECONDS:
+        return True
+    # A quiet socket is a healthy one: the end of the stream, or a farewell message, would be readable.
+    with socket.socket(fileno=os.dup(connection.fileno())) as peer:
+        peer.settimeout(0)  # libpq's own sockets never block either, and the two share that flag
+        try:
+            peer.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError:
+            return False
+    return False
+
+
+_shared_pools: dict[str, ConnectionPool] = {}
+
+
+def shared_pool(settings: config.Settings, database_url: str | None = None) -> ConnectionPool:
+    """The pool of this process for enqueuing and looking, one for each database; made at its first use."""
+    url = database_url or settings.require_database_url()
+    pool = _shared_pools.get(url)
+    if pool is None:
+        pool = ConnectionPool(
+            url,
+            size=settings.enqueue_connections,
+            wait_seconds=settings.enqueue_timeout,
+            application_name="greenjobs",
+        )
+        # Of two that race here, both use the one that was stored first.
+        pool = _shared_pools.setdefault(url, pool)
+    return pool

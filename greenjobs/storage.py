@@ -1,0 +1,690 @@
+"""Every statement that changes rows of jobs, runners and waiting workers.
+
+Each function takes an autocommit connection (or, to enqueue, the caller's own, in its transaction) and does one
+statement, so that nothing is ever half done. Changes to a claimed job are fenced by owner and attempt: they name the
+runner and the attempt they speak for, and leave alone a row that has moved on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+from psycopg2 import errors
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection
+    from psycopg2.extensions import cursor as Cursor
+
+CHANNEL = "greenjobs"
+
+# Errors of the last attempts kept on the row; more would make every later change of the row dearer.
+KEPT_ERRORS = 10
+
+# A unique key that is contested while rows go back to waiting: each round resolves what the last one ran into.
+_CONTEST_ROUNDS = 10
+
+@dataclass(frozen=True, slots=True)
+class NewJobs:
+    """Jobs of one type to enqueue together. `data` is a JSON object as text for each.
+
+    `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, or is None for none.
+    """
+
+    job_type: str
+    data: Sequence[str]
+    queue: str
+    priority: int = 0
+    delay_seconds: float = 0.0
+    run_at: datetime | None = None
+    unique_keys: Sequence[str] | None = None
+
+
+class Enqueued(NamedTuple):
+    """What became of a new job: the id of its row, or that of the unstarted job that it duplicates."""
+
+    id: int
+    is_duplicate: bool
+
+
+class ClaimedJob(NamedTuple):
+    """A row as the claim returns it. `data` is JSON text, `created_at` in seconds since 1970, `waited` in seconds."""
+
+    id: int
+    job_type: str
+    data: str
+    attempt: int
+    retries: int
+    priority: int
+    crashes: int
+    created_at: float
+    waited: float
+
+
+class Fence(NamedTuple):
+    """The claim that a change speaks for."""
+
+    id: int
+    attempt: int
+    runner: int
+
+
+class Failure(NamedTuple):
+    """A failed attempt: seconds until the next, or None for never again; and the error, to be kept as a JSON object."""
+
+    fence: Fence
+    retry_in: float | None
+    error: Mapping[str, Any]
+
+
+class Rescued(NamedTuple):
+    """One job that was taken from a dead runner: whether it waits again, or failed because too many of them died."""
+
+    id: int
+    job_type: str
+    queue: str
+    crashes: int
+    has_failed: bool
+
+
+# --- enqueue ----------------------------------------------------------------------------------------------------------
+
+# Jobs that are due are born available and wake one waiting worker each, if there is one: NOTIFY takes a lock on the
+# whole database when it commits, so a busy system had better do without. Jobs for later wake the promoters, if they are
+# due sooner than a promoter looks by itself.
+_ENQUEUE = """
+WITH due AS (
+    SELECT coalesce(%(run_at)s::timestamptz, now() + make_interval(secs => %(delay)s)) AS at
+),
+enqueued AS (
+    INSERT INTO background_jobs (job_type, data, queue, priority, run_at, state{key_column})
+    SELECT
+        %(job_type)s,
+        given.data,
+        %(queue)s,
+        %(priority)s,
+        due.at,
+        CASE WHEN due.at > now() THEN 'scheduled' ELSE 'available' END{key_value}
+    FROM
+        due,
+        {given}
+    ORDER BY given.place
+    {on_conflict}
+    RETURNING id{key_column}
+),
+{notified}
+SELECT enqueued.*
+FROM
+    enqueued,
+    (SELECT count(*) FROM notified) AS notifications
+"""
+
+_PLAIN = {
+    "key_column": "",
+    "key_value": "",
+    "given": "jsonb_array_elements(%(data)s::jsonb) WITH ORDINALITY AS given (data, place)",
+    "on_conflict": "",
+}
+
+_UNIQUE = {
+    "key_column": ", unique_key",
+    "key_value": ", given.key",
+    "given": """ROWS FROM (
+            jsonb_array_elements(%(data)s::jsonb),
+            unnest(%(keys)s::text[])
+        ) WITH ORDINALITY AS given (data, key, place)""",
+    "on_conflict": """ON CONFLICT (unique_key)
+        WHERE unique_key IS NOT NULL AND state IN ('scheduled', 'available')
+        DO NOTHING""",
+}
+
+_NOTIFY_PROMOTERS = """
+    SELECT pg_notify(%(channel)s, 'due')
+    FROM due
+    WHERE due.at > now()
+        AND due.at < now() + make_interval(secs => %(look_ahead)s)
+"""
+
+_WAKE_WAITING = {
+    "notified": """woken AS (
+    DELETE FROM background_waiting
+    WHERE (queue, runner) IN (
+        SELECT queue, runner
+        FROM background_waiting
+        WHERE queue = %(queue)s
+            AND (SELECT due.at <= now() FROM due)
+        LIMIT %(count)s
+        FOR UPDATE SKIP LOCKED
+    )
+    RETURNING runner
+),
+notified AS MATERIALIZED (
+    SELECT pg_notify(%(channel)s, runner || ':' || %(queue)s)
+    FROM woken
+    UNION ALL"""
+    + _NOTIFY_PROMOTERS
+    + ")"
+}
+
+# The caller's transaction may take its time to commit. Who waits now says nothing about then, and a lock on a row of
+# background_waiting would be held all that while. So it always notifies; PostgreSQL folds equal ones into one.
+_NOTIFY_ALWAYS = {
+    "notified": """notified AS MATERIALIZED (
+    SELECT pg_notify(%(channel)s, '*:' || %(queue)s)
+    FROM due
+    WHERE due.at <= now()
+    UNION ALL"""
+    + _NOTIFY_PROMOTERS
+    + ")"
+}
+
+_ENQUEUE_STATEMENTS = {
+    (is_unique, in_transaction): _ENQUEUE.format(
+        **(_UNIQUE if is_unique else _PLAIN), **(_NOTIFY_ALWAYS if in_transaction else _WAKE_WAITING)
+    )
+    for is_unique in (False, True)
+    for in_transaction in (False, True)
+}
+
+_UNSTARTED = """
+SELECT unique_key, id
+FROM background_jobs
+WHERE unique_key = ANY(%(keys)s)
+    AND state IN ('scheduled', 'available')
+"""
+
+# A promoter looks at least this often. Jobs due earlier than that after being enqueued notify it.
+PROMOTER_SECONDS = 1.0
+
+
+def enqueue(connection: Connection, jobs: NewJobs) -> list[Enqueued]:
+    """Insert the jobs, in order, and wake who waits for them; commits in autocommit, else it is the caller's to do.
+
+    A job whose unique key an unstarted job has already is not inserted; the other's id stands in its place.
+    """
+    in_transaction = not connection.autocommit or connection.info.transaction_status != TRANSACTION_STATUS_IDLE
+    statement = _ENQUEUE_STATEMENTS[jobs.unique_keys is not None, in_transaction]
+    parameters = {
+        "job_type": jobs.job_type,
+        "queue": jobs.queue,
+        "priority": jobs.priority,
+        "run_at": jobs.run_at,
+        "delay": jobs.delay_seconds,
+        "channel": CHANNEL,
+        "look_ahead": 2 * PROMOTER_SECONDS,
+        "count": len(jobs.data),
+    }
+    with connection.cursor() as cursor:
+        if jobs.unique_keys is None:
+            cursor.execute(statement, {**parameters, "data": _json_array(jobs.data)})
+            # The serial numbers were drawn in the order of the jobs, whatever the order in which they come back.
+            return [Enqueued(id, False) for id in sorted(row[0] for row in cursor.fetchall())]
+        return _enqueue_unique(cursor, statement, parameters, jobs.data, jobs.unique_keys)
+
+
+def _enqueue_unique(
+    cursor: Cursor, statement: str, parameters: dict[str, Any], data: Sequence[str], keys: Sequence[str]
+) -> list[Enqueued]:
+    pending = dict(zip(reversed(keys), reversed(data), strict=True))  # of equal keys the first one counts
+    rows: dict[str, Enqueued] = {}
+    while pending:
+        cursor.execute(statement, {**parameters, "data": _json_array(pending.values()), "keys": list(pending)})
+        for id, key in cursor.fetchall():
+            rows[key] = Enqueued(id, False)
+            del pending[key]
+        if pending:
+            # The statement's snapshot may be older than the row it ran into, so that only a new look sees it. A job
+            # that started between the two looks has let go of its key: once more, then.
+            cursor.execute(_UNSTARTED, {"keys": list(pending)})
+            for key, id in cursor.fetchall():
+                rows[key] = Enqueued(id, True)
+                del pending[key]
+    enqueued = []
+    for key in keys:
+        enqueued.append(rows[key])
+        rows[key] = Enqueued(rows[key].id, True)
+    return enqueued
+
+
+def _json_array(items: Iterable[str]) -> str:
+    return "[" + ",".join(items) + "]"
+
+
+def unique_key(job_type: str, data: str) -> str:
+    """The key under which jobs of the same type and data are one: a digest of both, blind to the order of keys."""
+    canonical = orjson.dumps(orjson.loads(data), option=orjson.OPT_SORT_KEYS)
+    return hashlib.blake2b(job_type.encode() + b"\0" + canonical, digest_size=16).hexdigest()
+
+
+# --- claim ------------------------------------------------------------------------------------------------------------
+
+# An array in place of a join: the planner always reads it through the primary key, however wrong its statistics are.
+_CLAIM = """
+UPDATE background_jobs
+SET
+    state = 'running',
+    attempt = attempt + 1,
+    claimed_by = %(runner)s,
+    claimed_at = now()
+WHERE id = ANY(ARRAY(
+    SELECT id
+    FROM background_jobs
+    WHERE queue = %(queue)s
+        AND state = 'available'
+        AND {which}
+        AND job_type = ANY(%(job_types)s)
+    ORDER BY (-priority), id
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+))
+RETURNING
+    id,
+    job_type,
+    data::text,
+    attempt,
+    retries,
+    priority,
+    crashes,
+    extract(epoch FROM created_at)::float8,
+    extract(epoch FROM now() - greatest(run_at, created_at))::float8
+"""
+
+_CLAIM_INNOCENT = _CLAIM.format(which="crashes = 0")
+_CLAIM_SUSPECT = _CLAIM.format(which="crashes > 0")
+
+
+def claim(
+    connection: Connection, *, runner: int, queue: str, job_types: Sequence[str], limit: int, suspects: bool = False
+) -> list[ClaimedJob]:
+    """Take up to `limit` available jobs of these types, highest priority first, then oldest.
+
+    With `suspects`, only jobs whose runner died are taken; without, only others.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            _CLAIM_SUSPECT if suspects else _CLAIM_INNOCENT,
+            {"runner": runner, "queue": queue, "job_types": job_types, "limit": limit},
+        )
+        claimed = [ClaimedJob._make(row) for row in cursor.fetchall()]
+    claimed.sort(key=_claim_order)
+    return claimed
+
+
+def _claim_order(job: ClaimedJob) -> tuple[int, int]:
+    return -job.priority, job.id
+
+
+# --- acknowledge ------------------------------------------------------------------------------------------------------
+
+_FENCED = """
+unnest(%(ids)s::bigint[], %(attempts)s::int[], %(runners)s::int[]) AS fence (id, attempt, runner)
+WHERE job.id = fence.id
+    AND job.attempt = fence.attempt
+    AND job.claimed_by = fence.runner
+"""
+
+_ACKNOWLEDGE = f"""
+DELETE FROM background_jobs AS job
+USING {_FENCED}
+RETURNING job.id
+"""
+
+
+def acknowledge(connection: Connection, done: Sequence[Fence]) -> set[int]:
+    """Delete finished jobs; returns the ids of those that were still held. The others are left as they are."""
+    with connection.cursor() as cursor:
+        cursor.execute(_ACKNOWLEDGE, _fences(done))
+        return {row[0] for row in cursor.fetchall()}
+
+
+_FAIL = """
+UPDATE background_jobs AS job
+SET
+    state = CASE WHEN failure.retry_in IS NULL THEN 'failed' ELSE 'scheduled' END,
+    retries = job.retries + 1,
+    last_retry = now(),
+    run_at = now() + make_interval(secs => coalesce(failure.retry_in, 0)),
+    claimed_by = NULL,
+    claimed_at = NULL,
+    errors = (
+        SELECT jsonb_agg(kept.error ORDER BY kept.place)
+        FROM (
+            SELECT error, place
+            FROM jsonb_array_elements(coalesce(job.errors, '[]') || failure.error) WITH ORDINALITY AS every (error, place)
+            ORDER BY place DESC
+            LIMIT %(kept)s
+        ) AS kept
+    )
+FROM jsonb_to_recordset(%(failures)s::jsonb)
+    AS failure (id bigint, attempt int, runner int, retry_in float8, error jsonb)
+WHERE job.id = failure.id
+    AND job.attempt = failure.attempt
+    AND job.claimed_by = failure.runner
+RETURNING job.id
+"""
+
+
+def fail(connection: Connection, failures: Sequence[Failure]) -> set[int]:
+    """Write down failed attempts: each job waits for its next, or stays as failed. Returns the ids still held."""
+    document = orjson.dumps(
+        [
+            {**failure.fence._asdict(), "retry_in": failure.retry_in, "error": failure.error}
+            for failure in failures
+        ]
+    ).decode()
+    held = [failure.fence.id for failure in failures]
+    return _to_waiting(connection, held, _FAIL, {"failures": document, "kept": KEPT_ERRORS})
+
+
+_GIVE_BACK = f"""
+UPDATE background_jobs AS job
+SET
+    state = 'available',
+    claimed_by = NULL,
+    claimed_at = NULL
+FROM {_FENCED}
+RETURNING job.id
+"""
+
+
+def give_back(connection: Connection, unstarted: Sequence[Fence]) -> set[int]:
+    """Make claimed jobs available again without counting anything; returns the ids still held."""
+    held = [fence.id for fence in unstarted]
+    return _to_waiting(connection, held, _GIVE_BACK, _fences(unstarted))
+
+
+_DROP_CONTESTED_KEYS = """
+UPDATE background_jobs AS job
+SET unique_key = NULL
+WHERE job.id = ANY(%(ids)s)
+    AND job.state = 'running'
+    AND EXISTS (
+        SELECT
+        FROM background_jobs AS other
+        WHERE other.unique_key = job.unique_key
+            AND (other.state IN ('scheduled', 'available') OR (other.id = ANY(%(ids)s) AND other.id < job.id))
+    )
+"""
+
+
+def _to_waiting(connection: Connection, ids: Sequence[int], statement: str, parameters: Mapping[str, Any]) -> set[int]:
+    """Run a statement that sends running jobs back to waiting, where each wants its unique key again.
+
+    A job started let go of its key, and another may have it by now. That one is the unstarted job of the key then, and
+    the older goes on without.
+    """
+    for round in range(_CONTEST_ROUNDS):
+        with connection.cursor() as cursor:
+            try:
+                cursor.execute(statement, parameters)
+                return {row[0] for row in cursor.fetchall()}
+            except errors.UniqueViolation:
+                if round == _CONTEST_ROUNDS - 1:
+                    raise
+                cursor.execute(_DROP_CONTESTED_KEYS, {"ids": list(ids)})
+    raise AssertionError("unreachable")
+
+
+def _fences(fences: Sequence[Fence]) -> dict[str, Any]:
+    ids, attempts, runners = zip(*fences, strict=True)
+    return {"ids": list(ids), "attempts": list(attempts), "runners": list(runners)}
+
+
+# --- promote, route, rescue -------------------------------------------------------------------------------------------
+
+_PROMOTE = """
+WITH promoted AS (
+    UPDATE background_jobs
+    SET state = 'available'
+    WHERE id = ANY(ARRAY(
+        SELECT id
+        FROM background_jobs
+        WHERE state = 'scheduled'
+            AND run_at <= now()
+        ORDER BY run_at
+        LIMIT %(limit)s
+        FOR UPDATE SKIP LOCKED
+    ))
+    RETURNING queue
+)
+SELECT queue, count(*)
+FROM promoted
+GROUP BY queue
+"""
+
+
+def promote(connection: Connection, *, limit: int) -> dict[str | None, int]:
+    """Make up to `limit` jobs available whose time has come; returns how many in which queue."""
+    with connection.cursor() as cursor:
+        cursor.execute(_PROMOTE, {"limit": limit})
+        return dict(cursor.fetchall())
+
+
+_ROUTE = """
+WITH routed AS (
+    UPDATE background_jobs AS job
+    SET queue = home.queue
+    FROM unnest(%(job_types)s::text[], %(queues)s::text[]) AS home (job_type, queue)
+    WHERE job.queue IS NULL
+        AND job.job_type = home.job_type
+    RETURNING job.queue
+)
+SELECT DISTINCT queue
+FROM routed
+"""
+
+
+def route(connection: Connection, home_queues: Mapping[str, str]) -> list[str]:
+    """Put jobs without a queue, as the crate or plain SQL inserts them, where their type is at home; returns where."""
+    with connection.cursor() as cursor:
+        cursor.execute(_ROUTE, {"job_types": list(home_queues), "queues": list(home_queues.values())})
+        return [row[0] for row in cursor.fetchall()]
+
+
+# The runner is blamed for at the moment it is found dead. What turns up later under its name is a claim that was still
+# on its way to the server then, and never started.
+_RESCUE = """
+WITH dead AS (
+    SELECT id, hostname, pid, ended_at IS NULL AS is_news
+    FROM background_runners
+    WHERE id = ANY(%(runners)s)
+),
+held AS (
+    SELECT
+        job.id,
+        dead.hostname,
+        dead.pid,
+        (
+            dead.is_news
+            AND (
+                job.crashes > 0
+                OR NOT EXISTS (
+                    SELECT
+                    FROM background_jobs AS suspect
+                    WHERE suspect.state = 'running'
+                        AND suspect.claimed_by = dead.id
+                        AND suspect.crashes > 0
+                )
+            )
+        )::int AS blame
+    FROM dead
+    JOIN background_jobs AS job ON job.state = 'running' AND job.claimed_by = dead.id
+),
+ended AS (
+    UPDATE background_runners
+    SET ended_at = now()
+    WHERE id IN (SELECT id FROM dead WHERE is_news)
+),
+silenced AS (
+    DELETE FROM background_waiting
+    WHERE runner = ANY(%(runners)s)
+)
+UPDATE background_jobs AS job
+SET
+    state = CASE WHEN job.crashes + held.blame >= %(most_crashes)s THEN 'failed' ELSE 'available' END,
+    crashes = job.crashes + held.blame,
+    last_retry = now(),
+    claimed_by = NULL,
+    claimed_at = NULL,
+    errors = CASE
+        WHEN job.crashes + held.blame < %(most_crashes)s THEN job.errors
+        ELSE coalesce(job.errors, '[]') || jsonb_build_object(
+            'at', now(),
+            'attempt', job.attempt,
+            'error', 'RunnerDied',
+            'message', format('its runner died %%s times', job.crashes + held.blame),
+            'runner', held.hostname || ':' || held.pid
+        )
+    END
+FROM held
+WHERE job.id = held.id
+    AND job.state = 'running'
+    AND job.claimed_by = ANY(%(runners)s)
+RETURNING job.id, job.job_type, job.queue, job.crashes, job.state = 'failed'
+"""
+
+_HELD_BY = """
+SELECT id
+FROM background_jobs
+WHERE state = 'running'
+    AND claimed_by = ANY(%(runners)s)
+"""
+
+
+def rescue(connection: Connection, dead_runners: Sequence[int], *, most_crashes: int) -> list[Rescued]:
+    """Take the jobs of dead runners back; those whose runner died `most_crashes` times are failed.
+
+    Ids of runners are never used again, so whoever was dead is dead still. Any number of rescuers may work at once.
+    """
+    parameters = {"runners": list(dead_runners), "most_crashes": most_crashes}
+    for _ in range(_CONTEST_ROUNDS):
+        with connection.cursor() as cursor:
+            try:
+                cursor.execute(_RESCUE, parameters)
+                return [Rescued._make(row) for row in cursor.fetchall()]
+            except errors.UniqueViolation:
+                cursor.execute(_HELD_BY, parameters)
+                cursor.execute(_DROP_CONTESTED_KEYS, {"ids": [row[0] for row in cursor.fetchall()]})
+    return []  # contested without end; the next look, seconds from now, tries again
+
+
+# --- runners and who waits --------------------------------------------------------------------------------------------
+
+_REGISTER = """
+INSERT INTO background_runners (hostname, pid, version, queues, job_types)
+VALUES (%(hostname)s, %(pid)s, %(version)s, %(queues)s, %(job_types)s)
+RETURNING id
+"""
+
+# The oid of the table is the class of the locks, so that two schemas in one database keep theirs apart.
+_HOLD_SESSION = """
+SELECT pg_advisory_lock('background_runners'::regclass::oid::int, %(runner)s)
+"""
+
+
+def register_runner(
+    connection: Connection,
+    *,
+    hostname: str,
+    pid: int,
+    version: str,
+    queues: Mapping[str, Mapping[str, float]],
+    job_types: Sequence[str],
+) -> int:
+    """Register a runner whose life is that of this connection's session; returns its id.
+
+    The row is committed when the session holds its lock, so nobody ever sees the one without the other.
+    """
+    connection.autocommit = False
+    try:
+        with connection, connection.cursor() as cursor:
+            cursor.execute(
+                _REGISTER,
+                {
+                    "hostname": hostname,
+                    "pid": pid,
+                    "version": version,
+                    "queues": orjson.dumps(queues).decode(),
+                    "job_types": list(job_types),
+                },
+            )
+            (runner,) = cursor.fetchone() or (0,)
+            cursor.execute(_HOLD_SESSION, {"runner": runner})
+    finally:
+        connection.autocommit = True
+    return int(runner)
+
+
+_END_RUNNER = """
+WITH silenced AS (
+    DELETE FROM background_waiting
+    WHERE runner = %(runner)s
+)
+UPDATE background_runners
+SET ended_at = now()
+WHERE id = %(runner)s
+"""
+
+
+def end_runner(connection: Connection, runner: int) -> None:
+    """Note that a runner has ended in good order, holding nothing."""
+    with connection.cursor() as cursor:
+        cursor.execute(_END_RUNNER, {"runner": runner})
+
+
+_FORGET_RUNNERS = """
+DELETE FROM background_runners
+WHERE ended_at < now() - make_interval(secs => %(age)s)
+    AND NOT EXISTS (
+        SELECT
+        FROM background_jobs
+        WHERE state = 'running'
+            AND claimed_by = background_runners.id
+    )
+"""
+
+
+def forget_runners(connection: Connection, *, age_seconds: float) -> int:
+    """Delete the register's entries of runners that ended that long ago; returns how many."""
+    with connection.cursor() as cursor:
+        cursor.execute(_FORGET_RUNNERS, {"age": age_seconds})
+        return cursor.rowcount
+
+
+_SAY_WAITING = """
+INSERT INTO background_waiting (queue, runner)
+SELECT queue, %(runner)s
+FROM unnest(%(queues)s::text[]) AS queue
+ON CONFLICT DO NOTHING
+"""
+
+
+def say_waiting(connection: Connection, runner: int, queues: Sequence[str]) -> None:
+    """Say that this runner has room in these queues, so that whoever enqueues there wakes it.
+
+    An enqueue that began before this committed cannot know: look once more afterwards.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_SAY_WAITING, {"runner": runner, "queues": list(queues)})
+
+
+_WAKE = """
+WITH woken AS (
+    DELETE FROM background_waiting
+    WHERE queue = ANY(%(queues)s)
+    RETURNING queue, runner
+)
+SELECT pg_notify(%(channel)s, runner || ':' || queue)
+FROM woken
+"""
+
+
+def wake(connection: Connection, queues: Sequence[str]) -> None:
+    """Wake every worker that waits at one of these queues."""
+    with connection.cursor() as cursor:
+        cursor.execute(_WAKE, {"queues": list(queues), "channel": CHANNEL})

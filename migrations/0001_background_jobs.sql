@@ -1,0 +1,95 @@
+-- Why: the table of jobs, the register of runners, and the list of who waits for work.
+--
+-- A table `background_jobs` that the Rust crate made is adopted: every row stays, with its id. The crate's timestamps
+-- have no time zone; they were written as CURRENT_TIMESTAMP of sessions in the database's time zone and are read back
+-- the same way. Every column that is new has a default, so that the crate, plain SQL and triggers go on inserting
+-- (job_type, data, priority).
+--
+-- Locks: on a new database none that matters. On an adopted table ACCESS EXCLUSIVE until the end, for one rewrite of
+-- the table and its indexes: about a second for 100,000 waiting jobs. The crate's own runners work on after it.
+
+CREATE TABLE IF NOT EXISTS background_jobs (
+    id BIGSERIAL PRIMARY KEY,
+    job_type TEXT NOT NULL,
+    data JSONB NOT NULL,
+    retries INTEGER NOT NULL DEFAULT 0,
+    last_retry TIMESTAMPTZ NOT NULL DEFAULT '1970-01-01 00:00:00+00',
+    created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    priority SMALLINT NOT NULL DEFAULT 0
+);
+
+-- The claim orders by (-priority), and the negation of the smallest of all smallints is not one.
+UPDATE background_jobs
+SET priority = -32767
+WHERE priority = -32768;
+
+ALTER TABLE background_jobs
+    ALTER COLUMN last_retry DROP DEFAULT,
+    ALTER COLUMN last_retry TYPE TIMESTAMPTZ,
+    ALTER COLUMN last_retry SET DEFAULT '1970-01-01 00:00:00+00',
+    ALTER COLUMN created_at DROP DEFAULT,
+    ALTER COLUMN created_at TYPE TIMESTAMPTZ,
+    ALTER COLUMN created_at SET DEFAULT now(),
+    ADD COLUMN queue TEXT,                           -- NULL: where a runner has the job type registered
+    ADD COLUMN state TEXT NOT NULL DEFAULT 'available',
+    ADD COLUMN run_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    ADD COLUMN attempt INTEGER NOT NULL DEFAULT 0,   -- counts claims; with claimed_by it fences every change
+    ADD COLUMN crashes SMALLINT NOT NULL DEFAULT 0,  -- counts deaths of the runner that held it
+    ADD COLUMN claimed_by INTEGER,
+    ADD COLUMN claimed_at TIMESTAMPTZ,
+    ADD COLUMN unique_key TEXT,
+    ADD COLUMN errors JSONB,                         -- an array, newest last
+    ADD CONSTRAINT background_jobs_priority CHECK (priority > -32768),
+    ADD CONSTRAINT background_jobs_state CHECK (state IN ('scheduled', 'available', 'running', 'failed')),
+    ADD CONSTRAINT background_jobs_owner CHECK ((state = 'running') = (claimed_by IS NOT NULL));
+
+-- Only jobs that may start now are in the index that the claim reads: two hundred thousand jobs for tomorrow cost it
+-- nothing, and a claim that begins behind a known row skips the dead entries before it.
+CREATE INDEX background_jobs_available
+    ON background_jobs (queue, (-priority), id)
+    WHERE state = 'available' AND crashes = 0;
+
+-- Jobs whose runner died are claimed one at a time, so that the one that kills its runner convicts itself alone.
+CREATE INDEX background_jobs_suspects
+    ON background_jobs (queue, (-priority), id)
+    WHERE state = 'available' AND crashes > 0;
+
+CREATE INDEX background_jobs_scheduled
+    ON background_jobs (run_at)
+    WHERE state = 'scheduled';
+
+CREATE INDEX background_jobs_running
+    ON background_jobs (claimed_by)
+    WHERE state = 'running';
+
+CREATE INDEX background_jobs_failed
+    ON background_jobs (last_retry)
+    WHERE state = 'failed';
+
+CREATE INDEX background_jobs_without_queue
+    ON background_jobs (job_type)
+    WHERE queue IS NULL;
+
+-- One job of a key that has not started: the index forgets a row when its state becomes 'running'.
+CREATE UNIQUE INDEX background_jobs_unique
+    ON background_jobs (unique_key)
+    WHERE unique_key IS NOT NULL AND state IN ('scheduled', 'available');
+
+-- A runner is alive exactly while its session holds the advisory lock (this table's oid, its id).
+CREATE TABLE background_runners (
+    id SERIAL PRIMARY KEY,
+    hostname TEXT NOT NULL,
+    pid INTEGER NOT NULL,
+    version TEXT NOT NULL,
+    queues JSONB NOT NULL,      -- {"emails": {"pool": 20, "poll_interval": 1.0}, …}
+    job_types TEXT[] NOT NULL,
+    started_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    ended_at TIMESTAMPTZ        -- when it left in good order, or was found dead
+);
+
+-- Workers with room and nothing to do. Unlogged: after a crash of the server every runner registers again anyway.
+CREATE UNLOGGED TABLE background_waiting (
+    queue TEXT NOT NULL,
+    runner INTEGER NOT NULL,
+    PRIMARY KEY (queue, runner)
+);
