@@ -1,0 +1,498 @@
+"""One place for settings: an argument wins over an environment variable, which wins over a file.
+
+An option is declared once, as a field of `Settings`; `OPTIONS` is the table made from those fields, and the parser, the
+error messages, the command line and the documentation read it. An option has one name everywhere: `max_retries` in
+Python and in files (where `max-retries` is accepted too), `--max-retries` on the command line,
+`GREENJOBS_MAX_RETRIES` in the environment.
+
+The file is the nearest one from the working directory upwards that has a section of ours: `[greenjobs]` in setup.cfg or
+`[tool.greenjobs]` in pyproject.toml. Nothing here opens a database connection.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+from urllib.parse import unquote
+
+from greenjobs.errors import ConfigError
+
+_Value = TypeVar("_Value")
+_Value_co = TypeVar("_Value_co", covariant=True)
+_Number = TypeVar("_Number", int, float)
+
+# The largest value that PostgreSQL stores as jsonb (JENTRY_OFFLENMASK in its jsonb.h).
+_MAX_JSONB_BYTES = 268_435_455
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One setting: what it is called, what it may be, and what it is for."""
+
+    name: str
+    default: object
+    parse: Callable[[object], object]
+    """Makes the value of what an argument, a variable or a file holds; raises ValueError when it is not allowed."""
+    allowed: str
+    """What a value may be, with unit and range; completes the sentence "the value must be …"."""
+    help: str
+    environment: tuple[str, ...]
+    """The environment variables that set it; the first one that is set and not empty wins."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind(Generic[_Value_co]):
+    parse: Callable[[object], _Value_co]
+    allowed: str
+
+
+def _option(default: _Value, kind: _Kind[_Value], help: str, *environment: str) -> _Value:
+    metadata = {"parse": kind.parse, "allowed": kind.allowed, "help": help, "environment": environment}
+    # Declared as the type of the default: that is what the field holds once the dataclass is made.
+    made: _Value = field(default=default, metadata=metadata)
+    return made
+
+
+def _number(of: type[_Number], what: str, lowest: float, highest: float) -> _Kind[_Number]:
+    types = (int, str) if of is int else (int, float, str)
+
+    def parse(value: object) -> _Number:
+        # bool is an int to Python, but `pool = true` in a file is a mistake.
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise ValueError
+        number = of(value)
+        # Written so that NaN, which no comparison holds for, is refused too.
+        if not lowest <= number <= highest:
+            raise ValueError
+        return number
+
+    return _Kind(parse, f"{what} from {lowest:,} to {highest:,}")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError
+    return value.strip()
+
+
+def _queue_name(value: object) -> str:
+    name = _text(value)
+    # ":", "," and "=" separate the parts of `--queue emails:20:poll=5`; what cannot be seen cannot be typed again.
+    if len(name) > 100 or not name.isprintable() or re.search(r"[\s:,=]", name):
+        raise ValueError
+    return name
+
+
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+def _log_level(value: object) -> str:
+    name = _text(value).upper()
+    if name not in _LOG_LEVELS:
+        raise ValueError
+    return name
+
+
+# The scheme is all that is looked at: the rest is for libpq, which knows hosts, options and their versions better.
+_POSTGRES_URL = re.compile(r"(postgres|postgresql)(?:\+psycopg2?)?(://[^\x00-\x1f\x7f]*)", re.IGNORECASE)
+_EMBEDDED_URL = re.compile(r"embedded:(?:|///[^\x00-\x1f\x7f]*|(?!//)[^\x00-\x1f\x7f]+)")
+_POSTGRES_FORMS = (
+    "a PostgreSQL URL (postgresql://user@host/database, postgres://…, SQLAlchemy's postgresql+psycopg2://…) "
+    'or a libpq keyword string ("host=… dbname=…")'
+)
+
+
+def _postgres_url(value: object) -> str:
+    url = _text(value)
+    match = _POSTGRES_URL.fullmatch(url)
+    if match:
+        # libpq compares the scheme by case and knows no "+driver".
+        return match[1].lower() + match[2]
+    if _keyword_pairs(url) and "\0" not in url:
+        return url
+    raise ValueError
+
+
+def _database_url(value: object) -> str:
+    url = _text(value)
+    return url if _EMBEDDED_URL.fullmatch(url) else _postgres_url(url)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Settings:
+    """Everything that can be set, checked, with the defaults filled in; made by `load`. Its repr shows no password."""
+
+    database_url: str | None = _option(
+        None,
+        _Kind(
+            _database_url,
+            f"{_POSTGRES_FORMS}, or a private server for development "
+            '("embedded:", "embedded:some/folder", "embedded:///some/folder")',
+        ),
+        "The database that holds the jobs.",
+        "GREENJOBS_DATABASE_URL",
+        "DATABASE_URL",
+    )
+    session_url: str | None = _option(
+        None,
+        _Kind(_postgres_url, _POSTGRES_FORMS),
+        "A direct way to the same database, for LISTEN and locks, where database_url leads through a pooler "
+        "that shares sessions between transactions.",
+    )
+    app: str | None = _option(
+        None,
+        _Kind(_text, 'a module, or an object in one: "myapp.jobs", "myapp:app", "myapp:create_app()"'),
+        "The application whose jobs are run.",
+    )
+    pool: int = _option(
+        50, _number(int, "a whole number", 1, 10_000), "How many jobs of a queue one process runs at a time."
+    )
+    poll_interval: float = _option(
+        1.0,
+        _number(float, "a number of seconds", 0.01, 86_400),
+        "Seconds between looks at a queue when no notification arrives.",
+    )
+    max_retries: int = _option(
+        10,
+        _number(int, "a whole number", 0, 10_000),
+        "How often a job that failed is tried again before it is given up.",
+    )
+    max_payload_bytes: int = _option(
+        1024 * 1024,
+        _number(int, "a whole number of bytes", 1, _MAX_JSONB_BYTES),
+        "The largest payload of a job, in bytes of JSON.",
+    )
+    enqueue_timeout: float = _option(
+        5.0,
+        _number(float, "a number of seconds", 0.01, 3_600),
+        "Seconds that an enqueue waits for a free connection and for the database to answer.",
+    )
+    enqueue_connections: int = _option(
+        10, _number(int, "a whole number", 1, 10_000), "The most connections that one process opens for enqueuing."
+    )
+    default_queue: str = _option(
+        "default",
+        _Kind(_queue_name, "a name of 1 to 100 printable characters without spaces, colons, commas and equals signs"),
+        "The queue of a job that names none.",
+    )
+    log_level: str = _option(
+        "INFO",
+        _Kind(_log_level, f"one of {', '.join(_LOG_LEVELS)}"),
+        "What the command line logs: messages of this level and above.",
+    )
+    project_folder: Path = field(default_factory=lambda: project_folder())
+
+    def require_database_url(self) -> str:
+        """Return `database_url`; raise ConfigError that says how to name one when there is none."""
+        if self.database_url is None:
+            raise ConfigError(
+                "No database is named. Name one in any of three ways: the argument database_url (--database-url on the "
+                "command line); the environment variable GREENJOBS_DATABASE_URL or DATABASE_URL; or database_url under "
+                "[greenjobs] in setup.cfg or [tool.greenjobs] in pyproject.toml. For development, "
+                'database_url "embedded:" starts a private PostgreSQL in the project.'
+            )
+        return self.database_url
+
+    def __repr__(self) -> str:
+        shown = ((each.name, getattr(self, each.name)) for each in fields(self))
+        return f"Settings({', '.join(f'{name}={_shown(name, value)}' for name, value in shown)})"
+
+
+OPTIONS: Mapping[str, Option] = {
+    each.name: Option(
+        name=each.name,
+        default=each.default,
+        parse=each.metadata["parse"],
+        allowed=each.metadata["allowed"],
+        help=each.metadata["help"],
+        environment=each.metadata["environment"] or (f"GREENJOBS_{each.name.upper()}",),
+    )
+    for each in fields(Settings)
+    if each.metadata
+}
+"""Every option by name, in the order in which they are documented."""
+
+
+def load(**arguments: object) -> Settings:
+    """Return the settings; each argument is the value of the option of that name, None when it is not given.
+
+    Reads the environment and the nearest file with a section of ours. Raises TypeError for an argument that is no
+    option, and ConfigError for a wrong value, an unknown key in the file, or a file that cannot be read.
+    """
+    values = _parsed_arguments(arguments)
+    section = _nearest_section()
+    for name, option in OPTIONS.items():
+        if name in values:
+            continue
+        variable = next((each for each in option.environment if os.environ.get(each, "").strip()), None)
+        if variable:
+            values[name] = _parsed(option, os.environ[variable], f"the environment variable {variable}")
+        elif section and name in section.values:
+            values[name] = _parsed(option, section.values[name], section.label)
+    return Settings(**values, project_folder=section.file.parent if section else _marked_folder())
+
+
+def configure(**arguments: object) -> None:
+    """Set options for the whole process; they win over environment and file, as the arguments of `load` do.
+
+    Every call replaces what an earlier one set; without arguments only environment and file count again. Wrong
+    arguments raise at once, as in `load`; environment and file are read when `current` is next called.
+    """
+    global _process
+    _parsed_arguments(arguments)
+    _process = _Process(arguments, [])
+
+
+def current() -> Settings:
+    """Return the settings of this process, loaded on first use. Safe in threads and greenlets, and after a fork."""
+    process = _process
+    if not process.loaded:
+        # No lock, which a fork could copy while it is held: two threads may both load, and the first to arrive is kept.
+        # A configure() in between has put another object in place, which this does not touch.
+        process.loaded.append(load(**process.arguments))
+    return process.loaded[0]
+
+
+def project_folder() -> Path:
+    """Return the folder of the project that the working directory is in.
+
+    That is where the file with our section lies; else the nearest parent that looks like a project (setup.cfg,
+    pyproject.toml, setup.py or .git); else the working directory itself.
+    """
+    section = _nearest_section()
+    return section.file.parent if section else _marked_folder()
+
+
+def redact(url: str) -> str:
+    """Return a database URL or keyword string with *** in place of every password in it.
+
+    Takes any text and never raises. Of what is no valid URL or keyword string it rather hides too much than too little.
+    """
+    text = str(url)
+    if text.startswith("embedded:"):
+        return text
+    pairs = _keyword_pairs(text)
+    if pairs is None:
+        return _redact_url(text)
+    shown, copied = "", 0
+    for key, start, end in pairs:
+        shown += text[copied:start] + ("***" if _is_secret(key) else _redact_url(text[start:end]))
+        copied = end
+    return shown + text[copied:]
+
+
+class _Process(NamedTuple):
+    arguments: dict[str, object]
+    loaded: list[Settings]
+
+
+_process = _Process({}, [])
+
+
+def _parsed_arguments(arguments: Mapping[str, object]) -> dict[str, Any]:
+    unknown = next((name for name in arguments if name not in OPTIONS), None)
+    if unknown is not None:
+        raise TypeError(f"there is no option {unknown!r}{_near_match(unknown)}")
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return {name: _parsed(OPTIONS[name], value, "an argument") for name, value in given.items()}
+
+
+def _parsed(option: Option, value: object, origin: str) -> object:
+    try:
+        return option.parse(value)
+    except (ValueError, OverflowError):
+        shown = _shown(option.name, value)
+    # Raised outside the handler: the message of float("…") would repeat the value, with whatever is in it.
+    raise ConfigError(f"{option.name} is {shown} ({origin}); the value must be {option.allowed}.")
+
+
+def _shown(name: str, value: object) -> str:
+    """The repr of an option's value for people to read: without a password, and of bounded length."""
+    if name.endswith("_url") and value is not None:
+        value = redact(str(value))
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}… ({len(shown):,} characters)"
+
+
+def _near_match(name: str) -> str:
+    # Imported here, as the parsers of files below: a start without such an error is quicker without it.
+    import difflib
+
+    near = difflib.get_close_matches(name, OPTIONS, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; the options are {', '.join(OPTIONS)}."
+
+
+class _Section(NamedTuple):
+    """Our section of a file: its values by option name, as the file's format gives them."""
+
+    file: Path
+    heading: str
+    values: dict[str, object]
+
+    @property
+    def label(self) -> str:
+        return f"{self.heading} in {self.file}"
+
+
+_PROJECT_MARKS = ("setup.cfg", "pyproject.toml", "setup.py", ".git")
+
+
+def _folders_upwards() -> tuple[Path, ...]:
+    try:
+        working = Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("The working directory has been removed; change to one that exists.") from None
+    return (working, *working.parents)
+
+
+def _marked_folder() -> Path:
+    folders = _folders_upwards()
+    marked = (each for each in folders if any(os.path.exists(each / mark) for mark in _PROJECT_MARKS))
+    return next(marked, folders[0])
+
+
+def _nearest_section() -> _Section | None:
+    for folder in _folders_upwards():
+        ours, other = _setup_cfg_section(folder / "setup.cfg"), _pyproject_section(folder / "pyproject.toml")
+        if ours and other:
+            raise ConfigError(f"There are settings in both {ours.label} and {other.label}; keep one of them.")
+        if ours or other:
+            return ours or other
+    return None
+
+
+def _setup_cfg_section(file: Path) -> _Section | None:
+    text = _text_about_us(file)
+    if text is None:
+        return None
+    import configparser
+
+    # No interpolation: a "%" belongs to an encoded password. No section of defaults: an empty name matches no heading.
+    parser = configparser.RawConfigParser(default_section="")
+    try:
+        parser.read_string(text, source=str(file))
+    except configparser.Error as error:
+        raise ConfigError(f"{file} cannot be read: {_first_line(error)}") from None
+    if not parser.has_section("greenjobs"):
+        return None
+    return _checked_section(file, "[greenjobs]", parser.items("greenjobs"))
+
+
+def _pyproject_section(file: Path) -> _Section | None:
+    text = _text_about_us(file)
+    if text is None:
+        return None
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    try:
+        tool = tomllib.loads(text).get("tool")
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} cannot be read: {_first_line(error)}") from None
+    ours = tool.get("greenjobs") if isinstance(tool, dict) else None
+    if ours is None:
+        return None
+    if not isinstance(ours, dict):
+        raise ConfigError(f"tool.greenjobs in {file} must be a section, [tool.greenjobs].")
+    return _checked_section(file, "[tool.greenjobs]", ours.items())
+
+
+def _text_about_us(file: Path) -> str | None:
+    """The text of a file that mentions greenjobs; None otherwise, so that strangers' files need not even be valid."""
+    try:
+        content = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except OSError as error:
+        # A parent folder that may not be entered shows nothing to us, not even whether there is a file.
+        if isinstance(error, PermissionError) and not os.access(file.parent, os.X_OK):
+            return None
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
+    if b"greenjobs" not in content:
+        return None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} cannot be read: it is not UTF-8 (byte {error.start}).") from None
+
+
+def _first_line(error: Exception) -> str:
+    """The message of a parser's error; what follows its first line quotes the file, passwords included."""
+    return str(error).partition("\n")[0]
+
+
+def _checked_section(file: Path, heading: str, items: Iterable[tuple[str, object]]) -> _Section:
+    section = _Section(file, heading, {})
+    for key, value in items:
+        name = key.replace("-", "_")
+        if name not in OPTIONS:
+            raise ConfigError(f"{section.label} has the key {key!r}, which is no option{_near_match(name)}")
+        if name in section.values:
+            raise ConfigError(f"{section.label} sets {name} twice; keep one of the two.")
+        section.values[name] = value
+    return section
+
+
+# libpq: a name, "=", and a value that is quoted, or ends at white space; a backslash makes the next character literal.
+_KEYWORD_PAIR = re.compile(r"\s*(?P<key>\w+)\s*=\s*(?P<value>'(?:\\.|[^'\\])*'|(?!')(?:\\.?|[^\s\\])*)", re.DOTALL)
+_HOST = r"(?:\[[^\]@/=]*\]|[^@/?:,\[\]=;&\s]*)(?::\d*)?"
+_PARAMETER = r"[^=&;@]+=[^=&;]*"
+# What libpq takes for a URL after "://" (conninfo_uri_parse_options in fe-connect.c): the credentials end at the first
+# "@" that no "/" precedes, the password begins at their first ":".
+_URL = re.compile(
+    rf"(?:(?P<user>[^:@/=]*)(?P<password>:[^@/]*)?@)?{_HOST}(?:,{_HOST})*(?:/[^@?=]*)?"
+    rf"(?P<query>\?(?:{_PARAMETER}(?:&{_PARAMETER})*)?)?"
+)
+_KEY_BEFORE_VALUE = re.compile(r"(?<![\w%])([\w%]+)\s*=")
+_SECRET_KEY = re.compile(r"pass(?:word|wd|phrase)|pwd|secret|token|scram_\w+_key", re.IGNORECASE)
+
+
+def _keyword_pairs(text: str) -> list[tuple[str, int, int]] | None:
+    """Each key of a libpq keyword string and its value's span (conninfo_parse in fe-connect.c); None for other text."""
+    pairs: list[tuple[str, int, int]] = []
+    position, end = 0, len(text.rstrip())
+    while position < end:
+        match = _KEYWORD_PAIR.match(text, position)
+        if match is None:
+            return None
+        pairs.append((match["key"], *match.span("value")))
+        position = match.end()
+    return pairs
+
+
+def _is_secret(key: str) -> bool:
+    return _SECRET_KEY.search(unquote(key)) is not None
+
+
+def _redact_url(text: str) -> str:
+    scheme, separator, rest = text.partition("://")
+    if not separator or "@" in scheme:
+        # The scheme was forgotten, the password was not.
+        scheme, rest = "", text
+    match = _URL.fullmatch(rest)
+    if match is None:
+        return _redact_broadly(scheme + separator, rest)
+    start = len(rest) if match["query"] is None else match.start("query")
+    address, query = rest[:start], rest[start:]
+    if match["password"]:
+        address = f"{address[: match.start('password')]}:***{address[match.end('password') :]}"
+    parameters = (each.partition("=") for each in query.split("&"))
+    shown = (f"{key}=***" if _is_secret(key) else f"{key}{equals}{value}" for key, equals, value in parameters)
+    return scheme + separator + address + "&".join(shown)
+
+
+def _redact_broadly(scheme: str, rest: str) -> str:
+    """Of text that is no valid URL: hide all that could be credentials, and all from the first secret key on."""
+    start, end = rest.find(":"), rest.rfind("@")
+    if 0 <= start < end:
+        rest = f"{rest[: start + 1]}***{rest[end:]}"
+    text = scheme + rest
+    secret = next((match for match in _KEY_BEFORE_VALUE.finditer(text) if _is_secret(match[1])), None)
+    return text if secret is None else f"{text[: secret.end()]}***"
