@@ -1,0 +1,40 @@
+# For people who work on greenjobs, or try it. Needs Python 3.10 or later; all else is installed into .venv.
+
+PYTHON ?= python3
+# A PYTHON that was asked for must be the one in .venv; the default only makes it.
+ifneq ($(origin PYTHON),file)
+    ASKED = "$(PYTHON)"
+endif
+# Options of the program that a target runs: make stress ARGS="--jobs 500", make test ARGS="-k config".
+ARGS ?=
+BIN = .venv/bin
+
+.PHONY: stress test test-verbose lint ci clean venv venv-lint
+
+stress: venv
+	@$(BIN)/python -m examples.stress_test $(ARGS)
+
+test: venv
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-verbose: venv
+	@$(BIN)/python -m pytest -v -s $(ARGS)
+
+lint: venv venv-lint
+	$(BIN)/python -m ruff check --config .ci/ruff.toml .
+	$(BIN)/python -m ruff format --config .ci/ruff.toml --check .
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
+
+ci: test lint
+
+# Also takes away the private PostgreSQL that the examples use.
+clean:
+	rm -rf .venv .tox .greenjobs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv:
+	@sh .ci/venv test $(ASKED)
+
+venv-lint: venv
+	@sh .ci/venv lint $(ASKED)
