@@ -475,7 +475,7 @@ def _redact_url(text: str) -> str:
     scheme, separator, rest = text.partition("://")
     if not separator or "@" in scheme:
         # The scheme was forgotten, the password was not.
-        scheme, rest = "", text
+        scheme, separator, rest = "", "", text
     match = _URL.fullmatch(rest)
     if match is None:
         return _redact_broadly(scheme + separator, rest)
