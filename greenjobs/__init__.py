@@ -1,5 +1,27 @@
-"""greenjobs: background jobs for synchronous Python, in PostgreSQL, on gevent."""
+"""greenjobs: background jobs for synchronous Python, in PostgreSQL, on gevent.
+
+Importing it patches nothing and loads neither gevent nor psycopg2: a web application that only enqueues pays for no
+more than it uses.
+"""
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
+
+from greenjobs.config import configure
+from greenjobs.errors import GreenjobsError
+from greenjobs.job import JobHandle, current_job, job
+from greenjobs.version import __version__
+
+if TYPE_CHECKING:
+    from greenjobs.runner import Runner
+
+__all__ = ["GreenjobsError", "JobHandle", "Runner", "__version__", "configure", "current_job", "job"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Runner":  # it needs gevent, which who merely enqueues does not
+        from greenjobs.runner import Runner
+
+        return Runner
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

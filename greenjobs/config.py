@@ -80,7 +80,8 @@ def _text(value: object) -> str:
     return value.strip()
 
 
-def _queue_name(value: object) -> str:
+def queue_name(value: object) -> str:
+    """Return the name of a queue; raise ValueError when it is not one."""
     name = _text(value)
     # ":", "," and "=" separate the parts of `--queue emails:20:poll=5`; what cannot be seen cannot be typed again.
     if len(name) > 100 or not name.isprintable() or re.search(r"[\s:,=]", name):
@@ -177,7 +178,7 @@ class Settings:
     )
     default_queue: str = _option(
         "default",
-        _Kind(_queue_name, "a name of 1 to 100 printable characters without spaces, colons, commas and equals signs"),
+        _Kind(queue_name, "a name of 1 to 100 printable characters without spaces, colons, commas and equals signs"),
         "The queue of a job that names none.",
     )
     log_level: str = _option(
@@ -224,7 +225,7 @@ def load(**arguments: object) -> Settings:
     Reads the environment and the nearest file with a section of ours. Raises TypeError for an argument that is no
     option, and ConfigError for a wrong value, an unknown key in the file, or a file that cannot be read.
     """
-    values = _parsed_arguments(arguments)
+    values = check(arguments)
     section = _nearest_section()
     for name, option in OPTIONS.items():
         if name in values:
@@ -244,7 +245,7 @@ def configure(**arguments: object) -> None:
     arguments raise at once, as in `load`; environment and file are read when `current` is next called.
     """
     global _process
-    _parsed_arguments(arguments)
+    check(arguments)
     _process = _Process(arguments, [])
 
 
@@ -294,7 +295,8 @@ class _Process(NamedTuple):
 _process = _Process({}, [])
 
 
-def _parsed_arguments(arguments: Mapping[str, object]) -> dict[str, Any]:
+def check(arguments: Mapping[str, object]) -> dict[str, Any]:
+    """Return the arguments that are not None, checked and parsed; raise TypeError or ConfigError as `load`."""
     unknown = next((name for name in arguments if name not in OPTIONS), None)
     if unknown is not None:
         raise TypeError(f"there is no option {unknown!r}{_near_match(unknown)}")

@@ -54,3 +54,23 @@ class EmbeddedServerError(GreenjobsError):
 
 class NotPatched(GreenjobsError):
     """A runner was started in a process that gevent has not patched, where jobs would wait one after the other."""
+
+
+class OptionError(GreenjobsError, ValueError):
+    """An option of one `.options(...)` call is wrong; nothing was enqueued."""
+
+
+class NoCurrentJob(GreenjobsError, RuntimeError):
+    """`current_job` was asked outside a job."""
+
+
+class UnknownJob(GreenjobsError):
+    """A name under which no job is registered in this process."""
+
+
+class JobsFailed(GreenjobsError):
+    """There are jobs that failed at least once; `count` says how many."""
+
+    def __init__(self, message: str, *, count: int) -> None:
+        super().__init__(message)
+        self.count = count

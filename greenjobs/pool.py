@@ -22,7 +22,7 @@ import psycopg2
 from psycopg2 import extensions
 
 from greenjobs import config, embedded
-from greenjobs.errors import DatabaseUnavailable
+from greenjobs.errors import DatabaseUnavailable, OptionError
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -72,7 +72,8 @@ class ConnectionPool:
     def close(self) -> None:
         """Close the idle connections; those that are lent are closed when they come back."""
         with self._lock:
-            idle, self._idle = self._idle, []
+            idle = self._idle.copy()
+            self._idle.clear()
             self._generation += 1
             self._open -= len(idle)
         for connection, _ in idle:
@@ -95,14 +96,14 @@ class ConnectionPool:
         deadline = time.monotonic() + self.wait_seconds
         while True:
             turn: threading.Event | None = None
+            connection: Connection | None = None
+            idle_since = 0.0
             with self._lock:
+                generation = self._generation
                 if self._idle:
                     connection, idle_since = self._idle.pop()
-                    generation = self._generation
                 elif self._open < self.size:
                     self._open += 1
-                    generation = self._generation
-                    connection = None
                 else:
                     turn = threading.Event()
                     self._waiting.append(turn)
@@ -162,6 +163,17 @@ class ConnectionPool:
     def _wake_next(self) -> None:
         if self._waiting:
             self._waiting.popleft().set()
+
+
+def raw_connection(given: Any) -> Connection:
+    """The psycopg2 connection behind what a caller passed as `connection`. Raises OptionError."""
+    connection = given.connection if isinstance(given, extensions.cursor) else given
+    if not isinstance(connection, extensions.connection):
+        raise OptionError(
+            f"connection is a {type(given).__module__}.{type(given).__qualname__}; "
+            f"allowed: a psycopg2 connection or cursor"
+        )
+    return connection
 
 
 def connect(database_url: str, *, application_name: str, timeout_seconds: float) -> Connection:

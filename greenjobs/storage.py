@@ -7,8 +7,9 @@ runner and the attempt they speak for, and leave alone a row that has moved on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,7 @@ KEPT_ERRORS = 10
 
 # A unique key that is contested while rows go back to waiting: each round resolves what the last one ran into.
 _CONTEST_ROUNDS = 10
+
 
 @dataclass(frozen=True, slots=True)
 class NewJobs:
@@ -227,6 +229,21 @@ def enqueue(connection: Connection, jobs: NewJobs) -> list[Enqueued]:
         return _enqueue_unique(cursor, statement, parameters, jobs.data, jobs.unique_keys)
 
 
+@contextlib.contextmanager
+def atomic(connection: Connection, *, several: bool) -> Iterator[None]:
+    """Make `several` statements on an autocommit connection one transaction; a single one is that by itself."""
+    if not several:
+        yield
+        return
+    connection.autocommit = False
+    try:
+        with connection:
+            yield
+    finally:
+        if not connection.closed:
+            connection.autocommit = True
+
+
 def _enqueue_unique(
     cursor: Cursor, statement: str, parameters: dict[str, Any], data: Sequence[str], keys: Sequence[str]
 ) -> list[Enqueued]:
@@ -372,10 +389,7 @@ RETURNING job.id
 def fail(connection: Connection, failures: Sequence[Failure]) -> set[int]:
     """Write down failed attempts: each job waits for its next, or stays as failed. Returns the ids still held."""
     document = orjson.dumps(
-        [
-            {**failure.fence._asdict(), "retry_in": failure.retry_in, "error": failure.error}
-            for failure in failures
-        ]
+        [{**failure.fence._asdict(), "retry_in": failure.retry_in, "error": failure.error} for failure in failures]
     ).decode()
     held = [failure.fence.id for failure in failures]
     return _to_waiting(connection, held, _FAIL, {"failures": document, "kept": KEPT_ERRORS})
@@ -600,23 +614,19 @@ def register_runner(
 
     The row is committed when the session holds its lock, so nobody ever sees the one without the other.
     """
-    connection.autocommit = False
-    try:
-        with connection, connection.cursor() as cursor:
-            cursor.execute(
-                _REGISTER,
-                {
-                    "hostname": hostname,
-                    "pid": pid,
-                    "version": version,
-                    "queues": orjson.dumps(queues).decode(),
-                    "job_types": list(job_types),
-                },
-            )
-            (runner,) = cursor.fetchone() or (0,)
-            cursor.execute(_HOLD_SESSION, {"runner": runner})
-    finally:
-        connection.autocommit = True
+    with atomic(connection, several=True), connection.cursor() as cursor:
+        cursor.execute(
+            _REGISTER,
+            {
+                "hostname": hostname,
+                "pid": pid,
+                "version": version,
+                "queues": orjson.dumps(queues).decode(),
+                "job_types": list(job_types),
+            },
+        )
+        (runner,) = cursor.fetchone() or (0,)
+        cursor.execute(_HOLD_SESSION, {"runner": runner})
     return int(runner)
 
 

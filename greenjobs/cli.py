@@ -1,0 +1,208 @@
+"""The command line: `greenjobs run`, `migrate` and `status`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import click
+import gevent
+import psycopg2
+
+from greenjobs import config, inspection, migrate, pool
+from greenjobs.embedded import is_embedded_url
+from greenjobs.errors import ConfigError, GreenjobsError
+from greenjobs.job import Job, registered_jobs
+from greenjobs.loading import load_application
+from greenjobs.runner import Runner, RunnerHandle
+from greenjobs.version import __version__
+
+logger = logging.getLogger(__name__)
+
+_LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+_QUEUE_FORM = "NAME[:POOL][:poll=SECONDS], such as emails:20 or indexing:5:poll=30"
+
+_Command = Callable[..., Any]
+
+
+def _option(name: str, *flags: str) -> Callable[[_Command], _Command]:
+    """The command line option for a setting; its value is checked where every other source's is."""
+    setting = config.OPTIONS[name]
+    flag = "--" + name.replace("_", "-")
+    return click.option(flag, *flags, name, metavar=name.split("_")[-1].upper(), help=setting.help)
+
+
+def _settings(*names: str) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for name in reversed(names):
+            command = _option(name)(command)
+        return command
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="greenjobs")
+def main() -> None:
+    """Background jobs for synchronous Python, in PostgreSQL, on gevent."""
+
+
+@main.command()
+@_settings("app", "database_url", "session_url", "pool", "poll_interval", "max_retries", "default_queue", "log_level")
+@click.option(
+    "--queue", "queues", multiple=True, metavar=_QUEUE_FORM.split(",")[0], help=f"{_QUEUE_FORM}; again for more."
+)
+@click.option("--until-empty", is_flag=True, help="Stop when nothing waits that could run now.")
+@click.option("--migrate", "migrate_first", is_flag=True, help="Bring the tables up to date first.")
+def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, **arguments: str | None) -> None:
+    """Run jobs until a signal says to stop.
+
+    Without --queue it serves every queue that the jobs name. The application is found as Flask finds it, unless --app
+    names it.
+    """
+    with _plain_errors():
+        settings = _configure(arguments)
+        url = settings.require_database_url()
+        application = load_application(settings.app)
+        jobs = registered_jobs()
+        if not jobs:
+            raise ConfigError(f"{settings.app or application!r} declares no jobs; name the module that does with --app")
+        if migrate_first:
+            _migrate(url)
+        runner = Runner(url, context=application).register(*jobs.values())
+        for queue, options in (_parse_queue(text) for text in queues):
+            runner.configure_queue(queue, **options)
+        if until_empty:
+            runner.shutdown_when_queue_empty()
+        handle = runner.start()
+        _banner(url, handle, jobs)
+        _stop_on_signals(handle)
+        handle.wait_for_shutdown()
+        logger.info("stopped")
+
+
+@main.command("migrate")
+@_settings("database_url")
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 when something would be.")
+@click.option("--sql", is_flag=True, help="Print the SQL of all migrations, for those who migrate in another way.")
+def migrate_command(check: bool, sql: bool, **arguments: str | None) -> None:
+    """Bring the tables up to date. Any number of processes may do it at once; again is harmless."""
+    with _plain_errors():
+        if sql:
+            click.echo(migrate.as_sql(), nl=False)
+            return
+        url = _configure(arguments).require_database_url()
+        if check:
+            missing = migrate.pending(url)
+            for migration in missing:
+                click.echo(f"missing: {migration.label}")
+            if missing:
+                sys.exit(1)
+            click.echo("up to date")
+        elif not _migrate(url):
+            click.echo("up to date")
+
+
+@main.command()
+@_settings("database_url")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+def status(as_json: bool, **arguments: str | None) -> None:
+    """Show the queues, how much waits in them, and the live runners."""
+    with _plain_errors():
+        settings = _configure(arguments)
+        with pool.shared_pool(settings).connection() as connection:
+            migrate.require_current(connection)
+            queues = inspection.queue_statuses(connection)
+            runners = inspection.live_runners(connection)
+    if as_json:
+        document = {"queues": [asdict(queue) for queue in queues], "runners": [asdict(runner) for runner in runners]}
+        click.echo(json.dumps(document, default=str, indent=2))
+        return
+    _print_status(queues, runners)
+
+
+def _print_status(queues: list[inspection.QueueStatus], runners: list[inspection.RunnerStatus]) -> None:
+    rows = [("queue", "available", "running", "scheduled", "failed", "oldest waiting")]
+    for queue in queues:
+        oldest = queue.oldest_waiting_seconds
+        rows.append(
+            (
+                queue.queue or "(none yet)",
+                str(queue.available),
+                str(queue.running),
+                str(queue.scheduled),
+                str(queue.failed),
+                "" if oldest is None else f"{oldest:.1f} s",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        click.echo("  ".join(cells).rstrip())
+    click.echo()
+    if not runners:
+        click.echo("no live runners")
+    for runner in runners:
+        served = ", ".join(f"{name} ({options['pool']:g})" for name, options in runner.queues.items())
+        since = runner.started_at.isoformat(" ", "seconds")
+        click.echo(f"runner {runner.id}: {runner.hostname}:{runner.pid}, since {since}, serves {served}")
+
+
+def _configure(arguments: dict[str, str | None]) -> config.Settings:
+    config.configure(**arguments)
+    settings = config.current()
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=settings.log_level, format=_LOG_FORMAT, stream=sys.stderr)
+    return settings
+
+
+def _migrate(url: str) -> list[str]:
+    applied = migrate.migrate(url)
+    for label in applied:
+        click.echo(f"applied {label}")
+    return applied
+
+
+def _parse_queue(text: str) -> tuple[str, dict[str, Any]]:
+    """`emails:20:poll=5` in parts; what the parts may be is checked where every setting is."""
+    name, *parts = text.split(":")
+    options: dict[str, Any] = {}
+    for part in parts:
+        key = "poll_interval" if part.startswith("poll=") else "pool"
+        if key in options or not part:
+            raise ConfigError(f"--queue is {text!r}; the form is {_QUEUE_FORM}")
+        options[key] = part.removeprefix("poll=")
+    return name, options
+
+
+def _banner(url: str, handle: RunnerHandle, jobs: dict[str, Job[Any, Any]]) -> None:
+    queues = ", ".join(f"{worker.queue} ({worker.pool} at a time)" for worker in handle.workers.values())
+    logger.info("greenjobs %s, Python %s, %s", __version__, platform.python_version(), handle.name)
+    logger.info("database: %s%s", config.redact(url), " (for development)" if is_embedded_url(url) else "")
+    logger.info("queues: %s", queues)
+    logger.info("jobs: %s", ", ".join(sorted(jobs)))
+
+
+def _stop_on_signals(handle: RunnerHandle) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        gevent.signal_handler(number, handle.shutdown)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Errors that a person can mend are one line, not a traceback; the exit status is 2."""
+    try:
+        yield
+    except GreenjobsError as error:
+        click.echo(f"greenjobs: {error}", err=True)
+        sys.exit(2)
+    except psycopg2.Error as error:
+        click.echo(f"greenjobs: the database says: {str(error).strip()}", err=True)
+        sys.exit(2)

@@ -1,0 +1,448 @@
+"""`@job`, what it makes of a function, how a call is enqueued, and what a running job knows about itself.
+
+Nothing here needs gevent: a job is declared and enqueued in any server, thread or script. The one thing that workers
+add is the attempt that `current_job` shows, a context variable.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+
+from greenjobs import config
+from greenjobs.errors import ConfigError, JobDefinitionError, NoCurrentJob, OptionError, PayloadError, UnknownJob
+from greenjobs.payload import Codec
+
+if TYPE_CHECKING:
+    from greenjobs.pool import ConnectionPool
+    from greenjobs.storage import ClaimedJob, Enqueued, NewJobs
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# As many jobs as go in one statement: 1,000 keep the statement under a few hundred kB and the round trips negligible.
+BATCH_SIZE = 1000
+
+HIGHEST_PRIORITY = 32767
+LOWEST_PRIORITY = -32767  # PostgreSQL's smallint goes one further, but that one has no negation
+LONGEST_DELAY_SECONDS = 100 * 365 * 24 * 60 * 60.0
+
+_JOB_NAME = re.compile(r"[\w.:/-]{1,200}")
+
+
+@dataclass(frozen=True, slots=True)
+class JobHandle:
+    """A job that was enqueued. With `duplicate`, `id` is the unstarted job that was there already."""
+
+    id: int
+    job_type: str
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What one call says beside its arguments; None leaves a thing to the job."""
+
+    queue: str | None = None
+    priority: int | None = None
+    delay_seconds: float = 0.0
+    run_at: datetime | None = None
+    connection: Any = None
+
+
+class Job(Generic[P, R]):
+    """A function that can also be enqueued. Calling it calls the function, here and now."""
+
+    def __init__(
+        self,
+        function: Callable[P, R],
+        *,
+        name: str | None = None,
+        queue: str | None = None,
+        priority: int = 0,
+        max_retries: int | None = None,
+        unique: bool = False,
+    ) -> None:
+        self.name = name if name is not None else getattr(function, "__name__", "")
+        self.function = function
+        self._queue = queue
+        self.priority = priority
+        self._max_retries = max_retries
+        self.unique = unique
+        self._check()
+        self.codec = Codec(function, job_name=self.name)
+        functools.update_wrapper(self, function)
+        self._plain_call: Call[P] = Call(self, _Options())
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<job {self.name} of {self.function.__module__}.{self.function.__qualname__}>"
+
+    @property
+    def queue(self) -> str:
+        """The queue it goes to unless a call says otherwise."""
+        return self._queue if self._queue is not None else config.current().default_queue
+
+    @property
+    def max_retries(self) -> int:
+        """How often it is tried again after a failure; then it stays as failed."""
+        return self._max_retries if self._max_retries is not None else config.current().max_retries
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+        """Enqueue a call, committed when this returns.
+
+        Raises TypeError when the function could not be called so, PayloadError when an argument cannot be stored, and
+        DatabaseUnavailable when the database does not take it within `enqueue_timeout` seconds.
+        """
+        return self._plain_call.delay(*args, **kwargs)
+
+    def delay_many(self, calls: Iterable[Any]) -> list[JobHandle]:
+        """Enqueue many calls, all of them or none: each a tuple of positional arguments, a dict of keyword arguments,
+        or the job's dataclass. One round trip per thousand; handles in the order of the calls.
+        """
+        return self._plain_call.delay_many(calls)
+
+    def options(
+        self,
+        *,
+        queue: str | None = None,
+        priority: int | None = None,
+        delay: float | timedelta | None = None,
+        run_at: datetime | None = None,
+        connection: Any = None,
+    ) -> Call[P]:
+        """Options for one call: `job.options(priority=10, delay=60).delay(…)`.
+
+        `delay` is in seconds; `run_at` is an aware datetime. With `connection`, a psycopg2 connection or cursor, the
+        job is inserted in its transaction: there when that commits, gone when it rolls back. Raises OptionError.
+        """
+        if delay is not None and run_at is not None:
+            raise OptionError(f"{self.name}: give delay or run_at, not both")
+        if queue is not None:
+            check_queue_name(queue, f"{self.name}: queue", OptionError)
+        if priority is not None:
+            _check_priority(priority, self.name, OptionError)
+        return Call(
+            self,
+            _Options(
+                queue=queue,
+                priority=priority,
+                delay_seconds=0.0 if delay is None else _seconds(delay, self.name),
+                run_at=None if run_at is None else _aware(run_at, self.name),
+                connection=connection,
+            ),
+        )
+
+    def _check(self) -> None:
+        if not isinstance(self.name, str) or not _JOB_NAME.fullmatch(self.name):
+            raise JobDefinitionError(
+                f"the job name {self.name!r} is not one: 1 to 200 letters, digits, '_', '.', ':', '/' or '-'; "
+                f"set it with @job(name=…)"
+            )
+        if self._queue is not None:
+            check_queue_name(self._queue, f"{self.name}: queue", JobDefinitionError)
+        _check_priority(self.priority, self.name, JobDefinitionError)
+        try:
+            config.check({"max_retries": self._max_retries})
+        except ConfigError as error:
+            raise JobDefinitionError(f"{self.name}: {error}") from None
+        if not isinstance(self.unique, bool):
+            raise JobDefinitionError(f"{self.name}: unique is {self.unique!r}; allowed: True or False")
+
+
+class Call(Generic[P]):
+    """A job with the options of one call, ready for its arguments."""
+
+    __slots__ = ("_job", "_options")
+
+    def __init__(self, job: Job[P, Any], options: _Options) -> None:
+        self._job = job
+        self._options = options
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+        """As Job.delay."""
+        settings = config.current()
+        data = self._job.codec.encode(args, kwargs, max_bytes=settings.max_payload_bytes)
+        return self._enqueue(settings, [data])[0]
+
+    def delay_many(self, calls: Iterable[Any]) -> list[JobHandle]:
+        """As Job.delay_many."""
+        settings = config.current()
+        encode = self._job.codec.encode_item
+        encoded = []
+        for place, call in enumerate(calls):
+            try:
+                encoded.append(encode(call, max_bytes=settings.max_payload_bytes))
+            except PayloadError as error:
+                raise PayloadError(f"call {place} of {self._job.name}: {error}", path=error.path) from error
+            except TypeError as error:
+                raise TypeError(f"call {place} of {self._job.name}: {error}") from error
+        return self._enqueue(settings, encoded) if encoded else []
+
+    def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
+        from greenjobs import pool, storage  # psycopg2 is loaded with the first job, not with the application
+
+        batches = [self._new_jobs(data[start : start + BATCH_SIZE]) for start in range(0, len(data), BATCH_SIZE)]
+        if self._options.connection is not None:
+            enqueued = _insert(pool.raw_connection(self._options.connection), batches)
+        else:
+            attempt = _attempt.get(None)
+            lender = attempt.pool if attempt is not None else pool.shared_pool(settings)
+            with lender.connection() as connection, storage.atomic(connection, several=len(batches) > 1):
+                enqueued = _insert(connection, batches)
+        name = self._job.name
+        return [JobHandle(id, name, is_duplicate) for id, is_duplicate in enqueued]
+
+    def _new_jobs(self, data: list[str]) -> NewJobs:
+        from greenjobs import storage
+
+        job, options = self._job, self._options
+        return storage.NewJobs(
+            job_type=job.name,
+            data=data,
+            queue=options.queue if options.queue is not None else job.queue,
+            priority=options.priority if options.priority is not None else job.priority,
+            delay_seconds=options.delay_seconds,
+            run_at=options.run_at,
+            unique_keys=[storage.unique_key(job.name, one) for one in data] if job.unique else None,
+        )
+
+
+def _insert(connection: Any, batches: list[NewJobs]) -> list[Enqueued]:
+    from greenjobs import storage
+
+    return [row for batch in batches for row in storage.enqueue(connection, batch)]
+
+
+@overload
+def job(function: Callable[P, R], /) -> Job[P, R]: ...
+
+
+@overload
+def job(
+    *,
+    name: str | None = None,
+    queue: str | None = None,
+    priority: int = 0,
+    max_retries: int | None = None,
+    unique: bool = False,
+) -> Callable[[Callable[P, R]], Job[P, R]]: ...
+
+
+def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
+    """Make a plain synchronous function a job: `@job`, or `@job(queue="emails")`.
+
+    `name` is what rows call it (default: the function's name; keep it when the function is renamed or moves);
+    `priority` is larger for earlier, -32767 to 32767; `max_retries` counts tries after the first; with `unique`, an
+    unstarted job of the same arguments is not enqueued again. Raises JobDefinitionError, when the module is imported.
+    """
+    if function is None:
+        return lambda decorated: _register(Job(decorated, **settings))
+    if not callable(function):
+        raise JobDefinitionError(f"@job takes a function, or keyword arguments such as queue=…, not {function!r}")
+    return _register(Job(function))
+
+
+_registry: dict[str, Job[Any, Any]] = {}
+
+
+def registered_jobs() -> dict[str, Job[Any, Any]]:
+    """All jobs declared in this process, by name."""
+    return dict(_registry)
+
+
+def find_job(name: str) -> Job[Any, Any]:
+    """The job of that name; raises UnknownJob."""
+    try:
+        return _registry[name]
+    except KeyError:
+        known = ", ".join(sorted(_registry)) or "none"
+        raise UnknownJob(f"no job is named {name!r} here; known: {known}") from None
+
+
+def _register(new: Job[P, R]) -> Job[P, R]:
+    known = _registry.get(new.name)
+    if known is not None and _origin(known) != _origin(new):
+        raise JobDefinitionError(
+            f"two jobs are named {new.name!r}: {known!r} and {new!r}; give one of them another with @job(name=…)"
+        )
+    # The same function again: its module was reloaded, or is both __main__ and itself.
+    _registry[new.name] = new
+    return new
+
+
+def _origin(job: Job[Any, Any]) -> tuple[str, str]:
+    code = getattr(job.function, "__code__", None)
+    return (code.co_filename if code else repr(job.function), job.function.__qualname__)
+
+
+# --- the job that runs ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """The row of a running job, as it was claimed. `data` is the JSON object as Python has it."""
+
+    id: int
+    job_type: str
+    data: Any
+    queue: str
+    priority: int
+    retries: int
+    crashes: int
+    created_at: datetime
+
+
+class Attempt:
+    """One attempt of one job, while it runs. Made by the worker; shown by `current_job`."""
+
+    __slots__ = ("context", "job", "pool", "queue", "row", "runner", "started")
+
+    def __init__(
+        self, job: Job[Any, Any], row: ClaimedJob, queue: str, runner: int, context: Any, pool: ConnectionPool
+    ) -> None:
+        self.job = job
+        self.row = row
+        self.queue = queue
+        self.runner = runner
+        self.context = context
+        self.pool = pool
+        self.started = 0.0
+
+    @property
+    def number(self) -> int:
+        """1 for the first time the job runs, and one more for every failure and every death of its runner since."""
+        return self.row.retries + self.row.crashes + 1
+
+
+_attempt: ContextVar[Attempt] = ContextVar("greenjobs_attempt")
+
+#: For the worker, which calls it first thing in the greenlet and the context of the job.
+enter_attempt = _attempt.set
+
+
+class CurrentJob:
+    """What a job can ask about itself. Every attribute raises NoCurrentJob outside a job; bool(current_job) tells."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return _attempt.get(None) is not None
+
+    def __repr__(self) -> str:
+        attempt = _attempt.get(None)
+        return "<no current job>" if attempt is None else f"<current job {attempt.row.id} ({attempt.job.name})>"
+
+    @property
+    def id(self) -> int:
+        """The id of the row."""
+        return _running().row.id
+
+    @property
+    def name(self) -> str:
+        """The name of the job type."""
+        return _running().job.name
+
+    @property
+    def queue(self) -> str:
+        """The queue it was claimed from."""
+        return _running().queue
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first time it runs, and one more for every failure and every death of its runner since."""
+        return _running().number
+
+    @property
+    def retries(self) -> int:
+        """How often it has failed so far."""
+        return _running().row.retries
+
+    @property
+    def max_retries(self) -> int:
+        """How often it may fail and be tried again."""
+        return _running().job.max_retries
+
+    @property
+    def is_last_attempt(self) -> bool:
+        """Whether a failure now is final."""
+        attempt = _running()
+        return attempt.row.retries >= attempt.job.max_retries
+
+    @property
+    def context(self) -> Any:
+        """What the runner was given as `context`."""
+        return _running().context
+
+    @property
+    def row(self) -> JobRow:
+        """The row of this job as it was claimed."""
+        import orjson
+
+        attempt = _running()
+        row = attempt.row
+        return JobRow(
+            id=row.id,
+            job_type=row.job_type,
+            data=orjson.loads(row.data),
+            queue=attempt.queue,
+            priority=row.priority,
+            retries=row.retries,
+            crashes=row.crashes,
+            created_at=datetime.fromtimestamp(row.created_at, timezone.utc),
+        )
+
+
+current_job = CurrentJob()
+
+
+def _running() -> Attempt:
+    attempt = _attempt.get(None)
+    if attempt is None:
+        raise NoCurrentJob("current_job is only there while a job runs; bool(current_job) tells whether one does")
+    return attempt
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_queue_name(queue: object, where: str, error: type[Exception]) -> str:
+    """The name, if it is one; else raises `error`, whose message begins with `where`."""
+    try:
+        return config.queue_name(queue)
+    except ValueError:
+        raise error(f"{where} is {queue!r}; allowed: {config.OPTIONS['default_queue'].allowed}") from None
+
+
+def _check_priority(priority: object, name: str, error: type[Exception]) -> None:
+    if type(priority) is not int or not LOWEST_PRIORITY <= priority <= HIGHEST_PRIORITY:
+        raise error(f"{name}: priority is {priority!r}; allowed: {LOWEST_PRIORITY} to {HIGHEST_PRIORITY}")
+
+
+def _seconds(delay: object, name: str) -> float:
+    seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise OptionError(f"{name}: delay is {delay!r}; allowed: a number of seconds, or a timedelta")
+    if not math.isfinite(seconds) or not 0 <= seconds <= LONGEST_DELAY_SECONDS:
+        raise OptionError(f"{name}: delay is {delay!r}; allowed: 0 to {LONGEST_DELAY_SECONDS:.0f} seconds")
+    return float(seconds)
+
+
+def _aware(run_at: object, name: str) -> datetime:
+    if not isinstance(run_at, datetime):
+        raise OptionError(f"{name}: run_at is {run_at!r}; allowed: an aware datetime")
+    if run_at.utcoffset() is None:
+        raise OptionError(
+            f"{name}: run_at is {run_at!r}, which has no time zone; "
+            f"use an aware one, such as datetime.now(timezone.utc) + timedelta(hours=1)"
+        )
+    return run_at

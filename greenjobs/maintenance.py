@@ -1,0 +1,192 @@
+"""What every runner does beside running jobs: makes jobs available when they are due, looks for work that nobody was
+woken for, and takes back what dead runners held.
+
+All of it is done by every runner, in statements that any number of them may run at once; there is no leader.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import gevent
+from gevent.event import Event
+
+from greenjobs import inspection, storage
+
+if TYPE_CHECKING:
+    from greenjobs.service import Service
+    from greenjobs.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+# Due jobs are moved in statements of this size: some tens of milliseconds each.
+_PROMOTE_AT_ONCE = 1000
+
+# How soon a dead runner's jobs are found. The look is one query of the register and of pg_locks.
+_CARE_SECONDS = 1.0
+
+# A claim that was under way when its connection died may have been committed: a look this often finds such rows.
+_AUDIT_SECONDS = 30.0
+_AUDIT_AGE_SECONDS = 10.0
+
+# Entries of ended runners are kept for a day, for claims of theirs that arrived late and for people who ask.
+_REMEMBER_RUNNERS_SECONDS = 24 * 60 * 60.0
+
+MOST_CRASHES = 3
+
+
+class Fellow(Protocol):
+    """What maintenance needs of its runner."""
+
+    runner_id: int | None
+    workers: Mapping[str, Worker]
+    home_queues: Mapping[str, str]
+    job_types: Sequence[str]
+
+    def held_ids(self) -> set[int]:
+        """The jobs that were claimed here, the outcome of which is not in the database yet."""
+
+    def claim_suspect(self, queue: str) -> None:
+        """Take one job whose runner died from this queue, unless one is held here."""
+
+
+class Maintenance:
+    """Three loops beside the workers of a runner."""
+
+    def __init__(self, fellow: Fellow, service: Service) -> None:
+        self._fellow = fellow
+        self._service = service
+        self._due_sooner = Event()
+        self._greenlets: list[gevent.Greenlet[..., None]] = []
+        self._audited_at = time.monotonic()
+
+    def start(self) -> None:
+        """Begin all loops."""
+        self._greenlets = [
+            gevent.spawn(self._promote_for_ever),
+            gevent.spawn(self._look_for_ever),
+            gevent.spawn(self._care_for_ever),
+        ]
+
+    def stop(self) -> None:
+        """End all loops, wherever they are; each statement is whole or not at all."""
+        gevent.killall(self._greenlets)
+
+    def expect_due(self) -> None:
+        """A job is due soon: look when. Returns at once."""
+        self._due_sooner.set()
+
+    # --- due jobs -----------------------------------------------------------------------------------------------------
+
+    def promote_due(self) -> None:
+        """Make every job available that is due."""
+        while True:
+            promoted = self._service.call(storage.promote, limit=_PROMOTE_AT_ONCE)
+            self._wake([queue for queue in promoted if queue is not None])
+            if None in promoted:
+                self.route()
+            if sum(promoted.values()) < _PROMOTE_AT_ONCE:
+                return
+
+    def _promote_for_ever(self) -> None:
+        while True:
+            self._due_sooner.clear()
+            self.promote_due()
+            seconds = self._service.call(inspection.seconds_until_due)
+            if seconds is None or seconds > storage.PROMOTER_SECONDS:
+                seconds = storage.PROMOTER_SECONDS
+            self._due_sooner.wait(max(seconds, 0.001))
+
+    # --- work that nobody was woken for -------------------------------------------------------------------------------
+
+    def look(self, queues: Sequence[str]) -> bool:
+        """Look for available jobs in these queues, and wake their workers; whether there were any."""
+        fellow = self._fellow
+        found = self._service.call(inspection.look, queues=queues, job_types=fellow.job_types)
+        for queue, work in found.items():
+            if work.has_innocents:
+                fellow.workers[queue].wake()
+            if work.has_suspects:
+                fellow.claim_suspect(queue)
+        return any(work.has_innocents or work.has_suspects for work in found.values())
+
+    def _look_for_ever(self) -> None:
+        looked_at = dict.fromkeys(self._fellow.workers, time.monotonic())
+        while True:
+            now = time.monotonic()
+            workers = self._fellow.workers.values()
+            gevent.sleep(max(min(looked_at[worker.queue] + worker.poll_interval for worker in workers) - now, 0.01))
+            now = time.monotonic()
+            queues = [
+                worker.queue
+                for worker in workers
+                if looked_at[worker.queue] + worker.poll_interval <= now and worker.is_waiting
+            ]
+            looked_at.update(
+                (worker.queue, now) for worker in workers if looked_at[worker.queue] + worker.poll_interval <= now
+            )
+            runner = self._fellow.runner_id
+            if queues and runner is not None:
+                self._service.call(storage.say_waiting, runner, queues)
+                self.look(queues)
+
+    # --- the dead, the homeless, the lost -----------------------------------------------------------------------------
+
+    def route(self) -> None:
+        """Put jobs without a queue where their types are at home here."""
+        self._wake(self._service.call(storage.route, self._fellow.home_queues))
+
+    def rescue(self) -> None:
+        """Take back what dead runners held."""
+        dead = self._service.call(inspection.dead_runners)
+        if not dead:
+            return
+        rescued = self._service.call(storage.rescue, dead, most_crashes=MOST_CRASHES)
+        for job in rescued:
+            level, outcome = (logging.ERROR, "failed") if job.has_failed else (logging.WARNING, "available again")
+            logger.log(
+                level,
+                "job %s (%s) was held by a runner that died (%s times so far): %s",
+                *(job.id, job.job_type, job.crashes, outcome),
+                extra={"job_id": job.id, "job_type": job.job_type, "queue": job.queue},
+            )
+        queues = sorted({job.queue for job in rescued if not job.has_failed})
+        self._wake(queues)
+        own = [queue for queue in queues if queue in self._fellow.workers]
+        if own:
+            self.look(own)
+
+    def audit(self) -> None:
+        """Give back what the database says this runner holds, and it does not know of."""
+        runner = self._fellow.runner_id
+        if runner is None:
+            return
+        held = self._service.call(inspection.held_jobs, runner, age_seconds=_AUDIT_AGE_SECONDS)
+        known = self._fellow.held_ids()
+        unknown = [storage.Fence(id, attempt, runner) for id, attempt in held if id not in known]
+        if unknown:
+            given_back = self._service.call(storage.give_back, unknown)
+            if given_back:
+                logger.warning("gave back jobs %s, whose claim was never answered", sorted(given_back))
+
+    def _care_for_ever(self) -> None:
+        while True:
+            self.route()
+            self.rescue()
+            if time.monotonic() - self._audited_at > _AUDIT_SECONDS:
+                self._audited_at = time.monotonic()
+                self.audit()
+                self._service.call(storage.forget_runners, age_seconds=_REMEMBER_RUNNERS_SECONDS)
+            gevent.sleep(_CARE_SECONDS)
+
+    def _wake(self, queues: Sequence[str]) -> None:
+        """Wake the workers of these queues: our own at once, those of others through the database."""
+        if not queues:
+            return
+        for queue in queues:
+            if queue in self._fellow.workers:
+                self._fellow.workers[queue].wake()
+        self._service.call(storage.wake, queues)
