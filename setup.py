@@ -1,4 +1,4 @@
-"""Everything about the package is in setup.cfg, but this: migrations/ is installed as the package greenjobs.migrations."""
+"""All about the package is in setup.cfg, except that migrations/ is installed as the package greenjobs.migrations."""
 
 from setuptools import find_packages, setup
 
