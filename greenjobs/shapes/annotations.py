@@ -92,8 +92,6 @@ class AnnotationReader:
         """Return the shape of one annotation."""
         if isinstance(annotation, UnresolvedAnnotation):
             return Unresolved(annotation.text, ANY_KIND)
-        if annotation is None:
-            return Plain("None", [NULL])
         if hasattr(annotation, "__supertype__"):  # NewType
             return self.shape_of(annotation.__supertype__, where)
         origin = typing.get_origin(annotation)
@@ -104,7 +102,7 @@ class AnnotationReader:
         if origin is typing.Annotated:
             return self.shape_of(typing.get_args(annotation)[0], where)
         python_type = origin or annotation
-        if hasattr(python_type, "__value__"):  # `type Name = ...` of Python 3.12
+        if type(python_type).__name__ == "TypeAliasType":  # `type Name = ...` of Python 3.12, or of typing_extensions
             return self._alias(python_type, where)
         if python_type is Any or not isinstance(python_type, type):  # a TypeVar, Unpack[...], "what it is for"
             return Plain(_text(annotation), ANY_KIND)
@@ -182,11 +180,13 @@ class AnnotationReader:
     def _alias(self, alias: Any, where: str) -> Shape:
         if id(alias) in self._aliases:
             return Plain(alias.__name__, ANY_KIND)
+        try:
+            value = alias.__value__
+        except Exception:  # it is evaluated now; what resolve() says holds here as well
+            return Unresolved(alias.__name__, ANY_KIND)
         self._aliases.add(id(alias))
         try:
-            return self.shape_of(alias.__value__, where)
-        except NameError:
-            return Unresolved(alias.__name__, ANY_KIND)
+            return self.shape_of(value, where)
         finally:
             self._aliases.discard(id(alias))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable
 from datetime import date, datetime, time, timedelta
@@ -83,7 +84,7 @@ def enum_shape(enum: type[Enum]) -> Scalar | None:
 
 def _equals_itself(value: Any) -> bool:
     """Whether it does; Decimal("NaN") and pandas.NaT do not."""
-    return bool(value == value)
+    return bool(operator.eq(value, value))
 
 
 def _write_timedelta(value: timedelta) -> int | float:
