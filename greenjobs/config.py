@@ -158,6 +158,11 @@ class Settings:
         _number(float, "a number of seconds", 0.01, 86_400),
         "Seconds between looks at a queue when no notification arrives.",
     )
+    read_ahead: int = _option(
+        4_000,
+        _number(int, "a whole number of jobs", 0, 100_000),
+        "The most jobs of a queue that one process claims ahead of those it runs, while they are fast.",
+    )
     max_retries: int = _option(
         10,
         _number(int, "a whole number", 0, 10_000),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from greenjobs.statement import Statement
+
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
@@ -18,7 +20,9 @@ class Work(NamedTuple):
     has_suspects: bool
 
 
-_LOOK = """
+_LOOK = Statement(
+    "look",
+    """
 SELECT
     queue,
     EXISTS (
@@ -38,33 +42,41 @@ SELECT
             AND job.job_type = ANY(%(job_types)s)
     )
 FROM unnest(%(queues)s::text[]) AS asked (queue)
-"""
+""",
+    queues="text[]",
+    job_types="text[]",
+)
 
 
 def look(connection: Connection, *, queues: Sequence[str], job_types: Sequence[str]) -> dict[str, Work]:
     """Which of these queues have available jobs of these types."""
     with connection.cursor() as cursor:
-        cursor.execute(_LOOK, {"queues": list(queues), "job_types": list(job_types)})
+        _LOOK.run(cursor, {"queues": list(queues), "job_types": list(job_types)})
         return {queue: Work(innocents, suspects) for queue, innocents, suspects in cursor.fetchall()}
 
 
-_NEXT_DUE = """
+_NEXT_DUE = Statement(
+    "next_due",
+    """
 SELECT extract(epoch FROM min(run_at) - clock_timestamp())::float8
 FROM background_jobs
 WHERE state = 'scheduled'
-"""
+""",
+)
 
 
 def seconds_until_due(connection: Connection) -> float | None:
     """Seconds until the next scheduled job is due, negative when it is overdue; None when there is none."""
     with connection.cursor() as cursor:
-        cursor.execute(_NEXT_DUE)
+        _NEXT_DUE.run(cursor)
         row = cursor.fetchone()
         return None if row is None else row[0]
 
 
 # A runner is alive exactly while its session holds the lock (design: the session, not a timer).
-_DEAD_RUNNERS = """
+_DEAD_RUNNERS = Statement(
+    "dead_runners",
+    """
 SELECT id
 FROM background_runners
 WHERE NOT EXISTS (
@@ -77,13 +89,14 @@ WHERE NOT EXISTS (
         AND objsubid = 2
         AND granted
 )
-"""
+""",
+)
 
 
 def dead_runners(connection: Connection) -> list[int]:
     """The ids in the register whose session is gone; those that ended in good order, some time ago, among them."""
     with connection.cursor() as cursor:
-        cursor.execute(_DEAD_RUNNERS)
+        _DEAD_RUNNERS.run(cursor)
         return [row[0] for row in cursor.fetchall()]
 
 

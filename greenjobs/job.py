@@ -196,7 +196,7 @@ class Call(Generic[P]):
             enqueued = _insert(pool.raw_connection(self._options.connection), batches)
         else:
             attempt = _attempt.get(None)
-            lender = attempt.pool if attempt is not None else pool.shared_pool(settings)
+            lender = attempt.place.pool if attempt is not None else pool.shared_pool(settings)
             with lender.connection() as connection, storage.atomic(connection, several=len(batches) > 1):
                 enqueued = _insert(connection, batches)
         name = self._job.name
@@ -302,20 +302,25 @@ class JobRow:
     created_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on."""
+
+    queue: str
+    context: Any
+    pool: ConnectionPool
+
+
 class Attempt:
     """One attempt of one job, while it runs. Made by the worker; shown by `current_job`."""
 
-    __slots__ = ("context", "job", "pool", "queue", "row", "runner", "started")
+    __slots__ = ("job", "place", "row", "runner", "started")
 
-    def __init__(
-        self, job: Job[Any, Any], row: ClaimedJob, queue: str, runner: int, context: Any, pool: ConnectionPool
-    ) -> None:
+    def __init__(self, job: Job[Any, Any], row: ClaimedJob, runner: int, place: Place) -> None:
         self.job = job
         self.row = row
-        self.queue = queue
         self.runner = runner
-        self.context = context
-        self.pool = pool
+        self.place = place
         self.started = 0.0
 
     @property
@@ -355,7 +360,7 @@ class CurrentJob:
     @property
     def queue(self) -> str:
         """The queue it was claimed from."""
-        return _running().queue
+        return _running().place.queue
 
     @property
     def attempt(self) -> int:
@@ -381,7 +386,7 @@ class CurrentJob:
     @property
     def context(self) -> Any:
         """What the runner was given as `context`."""
-        return _running().context
+        return _running().place.context
 
     @property
     def row(self) -> JobRow:
@@ -394,7 +399,7 @@ class CurrentJob:
             id=row.id,
             job_type=row.job_type,
             data=orjson.loads(row.data),
-            queue=attempt.queue,
+            queue=attempt.place.queue,
             priority=row.priority,
             retries=row.retries,
             crashes=row.crashes,

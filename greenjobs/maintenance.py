@@ -123,7 +123,7 @@ class Maintenance:
             queues = [
                 worker.queue
                 for worker in workers
-                if looked_at[worker.queue] + worker.poll_interval <= now and worker.is_waiting
+                if looked_at[worker.queue] + worker.poll_interval <= now and worker.has_room
             ]
             looked_at.update(
                 (worker.queue, now) for worker in workers if looked_at[worker.queue] + worker.poll_interval <= now

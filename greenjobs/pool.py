@@ -9,13 +9,14 @@ is the patched one where patching happened.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import psycopg2
@@ -23,6 +24,7 @@ from psycopg2 import extensions
 
 from greenjobs import config, embedded
 from greenjobs.errors import DatabaseUnavailable, OptionError
+from greenjobs.statement import PlanningConnection
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -42,6 +44,9 @@ _KEEPALIVES = {
 _TRUST_IDLE_SECONDS = 1.0
 
 
+_SET = "SELECT set_config(key, value, false) FROM json_each_text(%(settings)s::json)"
+
+
 class ConnectionPool:
     """Up to `size` autocommit connections to one database.
 
@@ -49,8 +54,17 @@ class ConnectionPool:
     with an empty pool; the parent's connections are left alone.
     """
 
-    def __init__(self, database_url: str, *, size: int, wait_seconds: float, application_name: str) -> None:
+    def __init__(
+        self,
+        database_url: str,
+        *,
+        size: int,
+        wait_seconds: float,
+        application_name: str,
+        session: Mapping[str, str] | None = None,
+    ) -> None:
         self.database_url = database_url
+        self.session = session
         self.size = size
         self.wait_seconds = wait_seconds
         self.application_name = application_name
@@ -124,6 +138,7 @@ class ConnectionPool:
                 self.database_url,
                 application_name=self.application_name,
                 timeout_seconds=max(deadline - time.monotonic(), 0.1),
+                session=self.session,
             )
         except BaseException:
             self._forget_one()
@@ -176,15 +191,17 @@ def raw_connection(given: Any) -> Connection:
     return connection
 
 
-def connect(database_url: str, *, application_name: str, timeout_seconds: float) -> Connection:
-    """Open an autocommit connection; starts the embedded server where the URL names one.
+def connect(
+    database_url: str, *, application_name: str, timeout_seconds: float, session: Mapping[str, str] | None = None
+) -> Connection:
+    """Open an autocommit connection, with these server settings; starts the embedded server where the URL names one.
 
     Raises DatabaseUnavailable when the server refuses, does not answer within `timeout_seconds`, or is too old.
     """
     dsn = _libpq_dsn(database_url, application_name, timeout_seconds)
     try:
         with _green_deadline(timeout_seconds):
-            connection = psycopg2.connect(dsn)
+            connection = psycopg2.connect(dsn, connection_factory=PlanningConnection)
     except psycopg2.OperationalError as error:
         raise DatabaseUnavailable(f"cannot connect to {config.redact(database_url)}: {str(error).strip()}") from error
     if connection.server_version < MINIMUM_SERVER_VERSION:
@@ -195,6 +212,9 @@ def connect(database_url: str, *, application_name: str, timeout_seconds: float)
             f"greenjobs needs {MINIMUM_SERVER_VERSION // 10000} or later"
         )
     connection.autocommit = True
+    if session:
+        with connection.cursor() as cursor:
+            cursor.execute(_SET, {"settings": json.dumps(session)})
     return connection
 
 

@@ -19,13 +19,14 @@ from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
 from greenjobs import config, green, inspection, migrate, pool, storage
+from greenjobs.acknowledger import Acknowledger
 from greenjobs.errors import ConfigError, DatabaseUnavailable, JobsFailed, NotPatched
-from greenjobs.job import Job, check_queue_name
+from greenjobs.job import Job, Place, check_queue_name
 from greenjobs.listener import Listener
 from greenjobs.maintenance import Maintenance
 from greenjobs.service import Service
 from greenjobs.version import __version__
-from greenjobs.worker import Acknowledger, Worker
+from greenjobs.worker import Worker
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -131,15 +132,14 @@ class RunnerHandle:
         enqueue_pool = pool.shared_pool(runner.settings, runner.database_url)
         self.workers: Mapping[str, Worker] = {
             queue: Worker(
-                queue,
+                Place(queue, runner.context, enqueue_pool),
                 pool=int(options["pool"]),
                 poll_interval=options["poll_interval"],
+                read_ahead=runner.settings.read_ahead,
                 jobs=jobs,
                 service=self._service,
                 acknowledger=self._acknowledger,
                 runner_name=self.name,
-                context=runner.context,
-                enqueue_pool=enqueue_pool,
             )
             for queue, options in queues.items()
         }

@@ -18,6 +18,8 @@ import orjson
 from psycopg2 import errors
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
+from greenjobs.statement import Statement
+
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
     from psycopg2.extensions import cursor as Cursor
@@ -66,6 +68,13 @@ class ClaimedJob(NamedTuple):
     crashes: int
     created_at: float
     waited: float
+
+
+class ClaimCursor(NamedTuple):
+    """A place in the order in which jobs are claimed."""
+
+    negative_priority: int
+    id: int
 
 
 class Fence(NamedTuple):
@@ -185,9 +194,24 @@ _NOTIFY_ALWAYS = {
     + ")"
 }
 
+_ENQUEUE_TYPES = {
+    "job_type": "text",
+    "data": "jsonb",
+    "queue": "text",
+    "priority": "smallint",
+    "run_at": "timestamptz",
+    "delay": "float8",
+    "channel": "text",
+    "look_ahead": "float8",
+}
+
 _ENQUEUE_STATEMENTS = {
-    (is_unique, in_transaction): _ENQUEUE.format(
-        **(_UNIQUE if is_unique else _PLAIN), **(_NOTIFY_ALWAYS if in_transaction else _WAKE_WAITING)
+    (is_unique, in_transaction): Statement(
+        f"enqueue_{'unique' if is_unique else 'plain'}_{'inside' if in_transaction else 'alone'}",
+        _ENQUEUE.format(**(_UNIQUE if is_unique else _PLAIN), **(_NOTIFY_ALWAYS if in_transaction else _WAKE_WAITING)),
+        **_ENQUEUE_TYPES,
+        **({"keys": "text[]"} if is_unique else {}),
+        **({} if in_transaction else {"count": "int"}),
     )
     for is_unique in (False, True)
     for in_transaction in (False, True)
@@ -223,7 +247,7 @@ def enqueue(connection: Connection, jobs: NewJobs) -> list[Enqueued]:
     }
     with connection.cursor() as cursor:
         if jobs.unique_keys is None:
-            cursor.execute(statement, {**parameters, "data": _json_array(jobs.data)})
+            statement.run(cursor, {**parameters, "data": _json_array(jobs.data)})
             # The serial numbers were drawn in the order of the jobs, whatever the order in which they come back.
             return [Enqueued(id, False) for id in sorted(row[0] for row in cursor.fetchall())]
         return _enqueue_unique(cursor, statement, parameters, jobs.data, jobs.unique_keys)
@@ -245,12 +269,12 @@ def atomic(connection: Connection, *, several: bool) -> Iterator[None]:
 
 
 def _enqueue_unique(
-    cursor: Cursor, statement: str, parameters: dict[str, Any], data: Sequence[str], keys: Sequence[str]
+    cursor: Cursor, statement: Statement, parameters: dict[str, Any], data: Sequence[str], keys: Sequence[str]
 ) -> list[Enqueued]:
     pending = dict(zip(reversed(keys), reversed(data), strict=True))  # of equal keys the first one counts
     rows: dict[str, Enqueued] = {}
     while pending:
-        cursor.execute(statement, {**parameters, "data": _json_array(pending.values()), "keys": list(pending)})
+        statement.run(cursor, {**parameters, "data": _json_array(pending.values()), "keys": list(pending)})
         for id, key in cursor.fetchall():
             rows[key] = Enqueued(id, False)
             del pending[key]
@@ -295,6 +319,7 @@ WHERE id = ANY(ARRAY(
         AND state = 'available'
         AND {which}
         AND job_type = ANY(%(job_types)s)
+        {behind}
     ORDER BY (-priority), id
     LIMIT %(limit)s
     FOR UPDATE SKIP LOCKED
@@ -307,33 +332,56 @@ RETURNING
     retries,
     priority,
     crashes,
-    extract(epoch FROM created_at)::float8,
-    extract(epoch FROM now() - greatest(run_at, created_at))::float8
+    date_part('epoch', created_at),
+    date_part('epoch', now() - greatest(run_at, created_at))
 """
 
-_CLAIM_INNOCENT = _CLAIM.format(which="crashes = 0")
-_CLAIM_SUSPECT = _CLAIM.format(which="crashes > 0")
+_CLAIM_TYPES = {"runner": "int", "queue": "text", "job_types": "text[]", "limit": "int"}
+
+_CLAIM_FROM_TOP = Statement("claim_from_top", _CLAIM.format(which="crashes = 0", behind=""), **_CLAIM_TYPES)
+_CLAIM_SUSPECT = Statement("claim_suspect", _CLAIM.format(which="crashes > 0", behind=""), **_CLAIM_TYPES)
+
+# The entries before the cursor are mostly dead: jobs that are done, which no vacuum has removed yet, perhaps cannot
+# while some transaction goes on. A row comparison lets the scan begin behind them.
+_CLAIM_BEHIND = Statement(
+    "claim_behind",
+    _CLAIM.format(which="crashes = 0", behind="AND ((-priority), id) > (%(negative_priority)s, %(id)s)"),
+    **_CLAIM_TYPES,
+    negative_priority="smallint",
+    id="bigint",
+)
 
 
 def claim(
-    connection: Connection, *, runner: int, queue: str, job_types: Sequence[str], limit: int, suspects: bool = False
+    connection: Connection,
+    *,
+    runner: int,
+    queue: str,
+    job_types: Sequence[str],
+    limit: int,
+    suspects: bool = False,
+    after: ClaimCursor | None = None,
 ) -> list[ClaimedJob]:
     """Take up to `limit` available jobs of these types, highest priority first, then oldest.
 
-    With `suspects`, only jobs whose runner died are taken; without, only others.
+    With `suspects`, only jobs whose runner died are taken; without, only others. `after` begins behind that place.
     """
+    parameters: dict[str, Any] = {"runner": runner, "queue": queue, "job_types": job_types, "limit": limit}
+    if after is None:
+        statement = _CLAIM_SUSPECT if suspects else _CLAIM_FROM_TOP
+    else:
+        statement = _CLAIM_BEHIND
+        parameters.update(after._asdict())
     with connection.cursor() as cursor:
-        cursor.execute(
-            _CLAIM_SUSPECT if suspects else _CLAIM_INNOCENT,
-            {"runner": runner, "queue": queue, "job_types": job_types, "limit": limit},
-        )
+        statement.run(cursor, parameters)
         claimed = [ClaimedJob._make(row) for row in cursor.fetchall()]
-    claimed.sort(key=_claim_order)
+    claimed.sort(key=claim_order)
     return claimed
 
 
-def _claim_order(job: ClaimedJob) -> tuple[int, int]:
-    return -job.priority, job.id
+def claim_order(job: ClaimedJob) -> ClaimCursor:
+    """The key of the order in which jobs are claimed."""
+    return ClaimCursor(-job.priority, job.id)
 
 
 # --- acknowledge ------------------------------------------------------------------------------------------------------
@@ -345,17 +393,23 @@ WHERE job.id = fence.id
     AND job.claimed_by = fence.runner
 """
 
-_ACKNOWLEDGE = f"""
+_FENCE_TYPES = {"ids": "bigint[]", "attempts": "int[]", "runners": "int[]"}
+
+_ACKNOWLEDGE = Statement(
+    "acknowledge",
+    f"""
 DELETE FROM background_jobs AS job
 USING {_FENCED}
 RETURNING job.id
-"""
+""",
+    **_FENCE_TYPES,
+)
 
 
 def acknowledge(connection: Connection, done: Sequence[Fence]) -> set[int]:
     """Delete finished jobs; returns the ids of those that were still held. The others are left as they are."""
     with connection.cursor() as cursor:
-        cursor.execute(_ACKNOWLEDGE, _fences(done))
+        _ACKNOWLEDGE.run(cursor, _fences(done))
         return {row[0] for row in cursor.fetchall()}
 
 
@@ -446,12 +500,20 @@ def _to_waiting(connection: Connection, ids: Sequence[int], statement: str, para
 
 def _fences(fences: Sequence[Fence]) -> dict[str, Any]:
     ids, attempts, runners = zip(*fences, strict=True)
-    return {"ids": list(ids), "attempts": list(attempts), "runners": list(runners)}
+    return {"ids": _int_array(ids), "attempts": _int_array(attempts), "runners": _int_array(runners)}
+
+
+def _int_array(numbers: Iterable[int]) -> str:
+    """PostgreSQL's text form of an array. psycopg2 would adapt every number by itself, which takes it longer than all
+    else that an acknowledge does."""
+    return "{" + ",".join(map(str, numbers)) + "}"
 
 
 # --- promote, route, rescue -------------------------------------------------------------------------------------------
 
-_PROMOTE = """
+_PROMOTE = Statement(
+    "promote",
+    """
 WITH promoted AS (
     UPDATE background_jobs
     SET state = 'available'
@@ -469,17 +531,21 @@ WITH promoted AS (
 SELECT queue, count(*)
 FROM promoted
 GROUP BY queue
-"""
+""",
+    limit="int",
+)
 
 
 def promote(connection: Connection, *, limit: int) -> dict[str | None, int]:
     """Make up to `limit` jobs available whose time has come; returns how many in which queue."""
     with connection.cursor() as cursor:
-        cursor.execute(_PROMOTE, {"limit": limit})
+        _PROMOTE.run(cursor, {"limit": limit})
         return dict(cursor.fetchall())
 
 
-_ROUTE = """
+_ROUTE = Statement(
+    "route",
+    """
 WITH routed AS (
     UPDATE background_jobs AS job
     SET queue = home.queue
@@ -490,13 +556,16 @@ WITH routed AS (
 )
 SELECT DISTINCT queue
 FROM routed
-"""
+""",
+    job_types="text[]",
+    queues="text[]",
+)
 
 
 def route(connection: Connection, home_queues: Mapping[str, str]) -> list[str]:
     """Put jobs without a queue, as the crate or plain SQL inserts them, where their type is at home; returns where."""
     with connection.cursor() as cursor:
-        cursor.execute(_ROUTE, {"job_types": list(home_queues), "queues": list(home_queues.values())})
+        _ROUTE.run(cursor, {"job_types": list(home_queues), "queues": list(home_queues.values())})
         return [row[0] for row in cursor.fetchall()]
 
 
@@ -666,12 +735,17 @@ def forget_runners(connection: Connection, *, age_seconds: float) -> int:
         return cursor.rowcount
 
 
-_SAY_WAITING = """
+_SAY_WAITING = Statement(
+    "say_waiting",
+    """
 INSERT INTO background_waiting (queue, runner)
 SELECT queue, %(runner)s
 FROM unnest(%(queues)s::text[]) AS queue
 ON CONFLICT DO NOTHING
-"""
+""",
+    runner="int",
+    queues="text[]",
+)
 
 
 def say_waiting(connection: Connection, runner: int, queues: Sequence[str]) -> None:
@@ -680,10 +754,12 @@ def say_waiting(connection: Connection, runner: int, queues: Sequence[str]) -> N
     An enqueue that began before this committed cannot know: look once more afterwards.
     """
     with connection.cursor() as cursor:
-        cursor.execute(_SAY_WAITING, {"runner": runner, "queues": list(queues)})
+        _SAY_WAITING.run(cursor, {"runner": runner, "queues": list(queues)})
 
 
-_WAKE = """
+_WAKE = Statement(
+    "wake",
+    """
 WITH woken AS (
     DELETE FROM background_waiting
     WHERE queue = ANY(%(queues)s)
@@ -691,10 +767,13 @@ WITH woken AS (
 )
 SELECT pg_notify(%(channel)s, runner || ':' || queue)
 FROM woken
-"""
+""",
+    queues="text[]",
+    channel="text",
+)
 
 
 def wake(connection: Connection, queues: Sequence[str]) -> None:
     """Wake every worker that waits at one of these queues."""
     with connection.cursor() as cursor:
-        cursor.execute(_WAKE, {"queues": list(queues), "channel": CHANNEL})
+        _WAKE.run(cursor, {"queues": list(queues), "channel": CHANNEL})

@@ -1,187 +1,109 @@
-"""One queue in one runner: claims jobs, executes each in a greenlet and a context of its own, acknowledges in groups.
+"""One queue in one runner: how much is claimed, and when.
 
-The worker promises that it never runs more than `pool` jobs at once, that a job it claimed is executed or given back,
-and that an outcome is written under the fence of the claim it belongs to. It knows nothing of signals and sessions.
+Claiming overlaps execution: while jobs run, the next are claimed. How many are claimed ahead follows the rate at which
+jobs finish: about 50 ms of work, none where jobs are slow. What was claimed ahead and does not get to run is given back.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-import traceback
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextvars import Context
-from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent.event import Event
 
 from greenjobs import storage
-from greenjobs.errors import PayloadMismatch
-from greenjobs.job import Attempt, Job, enter_attempt
-from greenjobs.retry import exponential_delay
-from greenjobs.storage import ClaimedJob, Failure, Fence
+from greenjobs.execution import Executor
+from greenjobs.job import Attempt, Job, Place
+from greenjobs.storage import ClaimCursor, ClaimedJob
 
 if TYPE_CHECKING:
+    from greenjobs.acknowledger import Acknowledger
     from greenjobs.service import Service
-
-logger = logging.getLogger(__name__)
-
-# An outcome may find up to this many others in its statement: about a millisecond of the server's time.
-_LARGEST_GROUP = 500
-
-# A carrier that runs jobs which never wait lets the event loop turn this often.
-_SLICE_SECONDS = 0.001
 
 # After saying that it waits, a worker looks again at once and once more after this: an enqueue that began before it
 # said so, and committed after it had looked, wakes nobody. Such a window is one commit long.
 _SECOND_LOOK_SECONDS = 0.05
 
-_LONGEST_MESSAGE = 2_000
-_LONGEST_TRACEBACK = 8_000
+# How much work is claimed ahead, and from which mean duration on none is: there the time between two claims is small
+# beside a job's own, and a job claimed ahead would wait here while another runner may be free for it.
+_READ_AHEAD_SECONDS = 0.05
+_SLOW_JOB_SECONDS = 0.05
 
-Item = TypeVar("Item")
+# The rate is measured over at least so long, and an old measurement fades with every new one.
+_RATE_WINDOW_SECONDS = 0.005
+_RATE_WEIGHT = 0.5
 
+# Jobs that were claimed ahead and none of which started for so long are stuck behind slow ones: they are given back.
+_STALE_SECONDS = 0.2
 
-class Group(Generic[Item]):
-    """Gathers items and writes them together: while one statement is under way, the next ones gather."""
-
-    def __init__(self, write: Callable[[Sequence[Item]], None]) -> None:
-        self._write = write
-        self._gathered: list[Item] = []
-        self._in_writing: list[Item] = []
-        self._arrived = Event()
-        self.drained = Event()
-        self.drained.set()
-        self._greenlet = gevent.spawn(self._write_for_ever)
-
-    def add(self, item: Item) -> None:
-        """Hand over one item; returns at once."""
-        self._gathered.append(item)
-        self._arrived.set()
-
-    @property
-    def pending(self) -> list[Item]:
-        """What was handed over and is not written yet."""
-        return self._in_writing + self._gathered
-
-    def wait_empty(self) -> None:
-        """Block until all that was handed over is written."""
-        while self.pending:
-            self.drained.clear()
-            self.drained.wait()
-
-    def stop(self) -> None:
-        """End it; what is not written by then is not going to be."""
-        self._greenlet.kill()
-
-    def _write_for_ever(self) -> None:
-        while True:
-            self._arrived.wait()
-            self._arrived.clear()
-            while self._gathered:
-                self._in_writing, self._gathered = self._gathered[:_LARGEST_GROUP], self._gathered[_LARGEST_GROUP:]
-                self._write(self._in_writing)
-                self._in_writing = []
-            self.drained.set()
-
-
-class Acknowledger:
-    """Writes outcomes for all workers of a runner: finished jobs in one kind of group, failures in another."""
-
-    def __init__(self, service: Service, *, on_settled: Callable[[set[int]], None]) -> None:
-        self._service = service
-        self._on_settled = on_settled
-        self.done: Group[Fence] = Group(self._write_done)
-        self.failed: Group[Failure] = Group(self._write_failed)
-
-    def pending_ids(self) -> set[int]:
-        """The jobs that are finished, which the database does not know yet."""
-        return {fence.id for fence in self.done.pending} | {failure.fence.id for failure in self.failed.pending}
-
-    def wait_empty(self) -> None:
-        """Block until every outcome so far is in the database."""
-        self.done.wait_empty()
-        self.failed.wait_empty()
-
-    def stop(self) -> None:
-        """End it; see Group.stop."""
-        self.done.stop()
-        self.failed.stop()
-
-    def _write_done(self, done: Sequence[Fence]) -> None:
-        self._settle(self._service.call(storage.acknowledge, done), done)
-
-    def _write_failed(self, failures: Sequence[Failure]) -> None:
-        self._settle(self._service.call(storage.fail, failures), [failure.fence for failure in failures])
-
-    def _settle(self, held: set[int], fences: Sequence[Fence]) -> None:
-        for fence in fences:
-            if fence.id not in held:
-                logger.warning(
-                    "job %s is no longer held by runner %s (attempt %s): its outcome changes nothing",
-                    *(fence.id, fence.runner, fence.attempt),
-                    extra={"job_id": fence.id, "attempt": fence.attempt, "runner": fence.runner},
-                )
-        self._on_settled({fence.id for fence in fences})
+# A claim from the top of the index sees what the cursor hides: higher priorities, late commits, what was given back.
+# It happens at least this often, or less where it is slow, so that it takes no more than a tenth of the time.
+_TOP_SECONDS = 0.025
+_TOP_SHARE = 10
 
 
 class Worker:
-    """One queue in one runner. `runner` is the id under which it claims; None stops it from claiming."""
+    """One queue in one runner. It claims under the id that `claim_as` gave it, and nothing without one."""
 
     def __init__(
         self,
-        queue: str,
+        place: Place,
         *,
         pool: int,
         poll_interval: float,
+        read_ahead: int,
         jobs: Mapping[str, Job[Any, Any]],
         service: Service,
         acknowledger: Acknowledger,
         runner_name: str,
-        context: Any,
-        enqueue_pool: Any,
     ) -> None:
-        self.queue = queue
+        self.queue = place.queue
         self.pool = pool
         self.poll_interval = poll_interval
-        self.runner: int | None = None
-        self.running: dict[int, Attempt] = {}
-        self._jobs = jobs
+        self._most_ahead = read_ahead
         self._job_types = sorted(jobs)
         self._service = service
-        self._acknowledger = acknowledger
-        self._runner_name = runner_name
-        self._context = context
-        self._enqueue_pool = enqueue_pool
-        self._ready: deque[tuple[ClaimedJob, int]] = deque()
-        self._carriers = 0
-        self._next_carrier_is_coming = False
-        self._is_claiming = False
+        self._runner: int | None = None
+        self._executor = Executor(
+            pool=pool,
+            jobs=jobs,
+            place=place,
+            runner_name=runner_name,
+            acknowledger=acknowledger,
+            on_room=self._note_room,
+        )
+        self._pace = Pace()
+        self._cursor: ClaimCursor | None = None
+        self._top_due_at = 0.0
+        self._claims_under_way = 0
         self._is_stopping = False
         self._woken = Event()
         self._room_made = Event()
         self._emptied = Event()
-        self._greenlet: gevent.Greenlet[..., None] | None = None
+        self._holds_ready = Event()
+        self._claiming: gevent.Greenlet[..., None] | None = None
+        self._watching: gevent.Greenlet[..., None] | None = None
 
     # --- what the runner says to it -----------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to claim, as soon as there is a runner id to claim under."""
-        self._greenlet = gevent.spawn(self._claim_until_stopped)
+        self._claiming = gevent.spawn(self._claim_until_stopped)
+        self._watching = gevent.spawn(self._give_back_stale)
 
     def claim_as(self, runner: int | None) -> None:
         """Claim under this id from now on; with None, claim nothing, and give back what has not started."""
-        self.runner = runner
+        self._runner = runner
         if runner is None:
-            gevent.spawn(self.give_back_unstarted)
+            gevent.spawn(self._give_back)
         self._woken.set()
         self._room_made.set()
 
     def wake(self) -> None:
         """There may be work: look now. Returns at once."""
+        self._top_due_at = 0.0
         self._woken.set()
 
     def stop_claiming(self) -> None:
@@ -189,42 +111,42 @@ class Worker:
         self._is_stopping = True
         self._woken.set()
         self._room_made.set()
-        if self._greenlet is not None:
-            self._greenlet.join()
-        self.give_back_unstarted()
-
-    def give_back_unstarted(self) -> None:
-        """Make what was claimed and has not started available to others again."""
-        unstarted = [Fence(row.id, row.attempt, runner) for row, runner in self._ready]
-        self._ready.clear()
-        if unstarted:
-            self._service.call(storage.give_back, unstarted)
+        if self._claiming is not None:
+            self._claiming.join()
+        if self._watching is not None:
+            self._watching.kill()
+        self._give_back()
 
     def wait_until_done(self) -> None:
-        """Block until no job runs here."""
-        while self.running or self._ready:
+        """Block until no job is here any more."""
+        while self._executor.held:
             self._emptied.clear()
             self._emptied.wait()
 
     @property
-    def is_idle(self) -> bool:
-        """Whether it neither runs nor holds nor is claiming anything."""
-        return not (self.running or self._ready or self._is_claiming)
+    def running(self) -> Mapping[int, Attempt]:
+        """The jobs that run here at this moment, by id."""
+        return self._executor.running
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether it has room for more jobs than it found."""
-        return self._room() > 0
+    def is_idle(self) -> bool:
+        """Whether it neither runs nor holds nor is claiming anything."""
+        return not (self._executor.held or self._claims_under_way)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it could run more jobs than it has."""
+        return self._executor.held < self.pool
 
     def held_rows(self) -> list[ClaimedJob]:
         """The jobs that were claimed here and are not finished."""
-        return [attempt.row for attempt in self.running.values()] + [row for row, _ in self._ready]
+        return self._executor.held_rows()
 
     def claim_suspect(self) -> int | None:
         """Take one job whose runner died, if one waits here and there is room for it; returns its id."""
-        if self._is_stopping or self._room() <= 0:
+        if self._is_stopping or self._runner is None or not self.has_room:
             return None
-        claimed = self._claim(1, suspects=True)
+        claimed = self._claim(self._runner, 1, suspects=True)
         return claimed[0].id if claimed else None
 
     # --- claim --------------------------------------------------------------------------------------------------------
@@ -232,29 +154,57 @@ class Worker:
     def _claim_until_stopped(self) -> None:
         while not self._is_stopping:
             room = self._room()
-            if room <= 0 or self.runner is None:
+            runner = self._runner
+            if room <= 0 or runner is None:
                 self._room_made.clear()
                 self._room_made.wait()
                 continue
             # Arm the wake-up before claiming: a row committed between the two would otherwise wait for the next poll.
             self._woken.clear()
-            if len(self._claim(room)) < room:
-                self._wait_for_work()
+            if len(self._claim_available(runner, room)) < room:
+                self._wait_for_work(runner)
 
-    def _wait_for_work(self) -> None:
-        if self._woken.is_set() or self.runner is None or self._is_stopping:
+    def _wait_for_work(self, runner: int) -> None:
+        if self._woken.is_set():
             return
-        self._service.call(storage.say_waiting, self.runner, [self.queue])
-        if self._claim(self._room()) or self._woken.wait(_SECOND_LOOK_SECONDS):
+        self._service.call(storage.say_waiting, runner, [self.queue])
+        if self._look_again() or self._woken.wait(_SECOND_LOOK_SECONDS):
             return
-        if not self._claim(self._room()):
+        if not self._look_again():
             self._woken.wait()
 
-    def _claim(self, limit: int, *, suspects: bool = False) -> list[ClaimedJob]:
-        runner = self.runner
-        if runner is None or limit <= 0:
-            return []
-        self._is_claiming = True
+    def _look_again(self) -> bool:
+        runner, room = self._runner, self.pool - self._executor.held
+        return runner is not None and room > 0 and bool(self._claim_available(runner, room))
+
+    def _room(self) -> int:
+        """How many jobs to claim: the free slots of the pool, and what to have ready beyond them."""
+        executor = self._executor
+        ahead = min(self._pace.measure(executor), self._most_ahead)
+        room = self.pool + ahead - executor.held
+        # With enough ready for half of that time no slot stays empty, and fewer, larger claims are cheaper.
+        return 0 if ahead and executor.ready > ahead // 2 else room
+
+    def _claim_available(self, runner: int, limit: int) -> list[ClaimedJob]:
+        """Claim behind the cursor; from the top when that is due, or when there is not enough behind the cursor."""
+        if self._cursor is not None and time.monotonic() < self._top_due_at:
+            rows = self._claim(runner, limit, after=self._cursor)
+            if len(rows) == limit:
+                return rows
+            return rows + self._claim_from_top(runner, limit - len(rows))
+        return self._claim_from_top(runner, limit)
+
+    def _claim_from_top(self, runner: int, limit: int) -> list[ClaimedJob]:
+        started = time.monotonic()
+        rows = self._claim(runner, limit)
+        ended = time.monotonic()
+        self._top_due_at = ended + max(_TOP_SECONDS, _TOP_SHARE * (ended - started))
+        return rows
+
+    def _claim(
+        self, runner: int, limit: int, *, suspects: bool = False, after: ClaimCursor | None = None
+    ) -> list[ClaimedJob]:
+        self._claims_under_way += 1
         try:
             rows = self._service.call(
                 storage.claim,
@@ -263,111 +213,79 @@ class Worker:
                 job_types=self._job_types,
                 limit=limit,
                 suspects=suspects,
+                after=after,
             )
-            self._ready.extend([(row, runner) for row in rows])
+            self._executor.add(rows, runner)
         finally:
-            self._is_claiming = False
-        self._send_carrier()
+            self._claims_under_way -= 1
+        if rows and not suspects:
+            self._cursor = storage.claim_order(rows[-1])
+        if self._executor.ready:
+            self._holds_ready.set()
         return rows
 
-    def _room(self) -> int:
-        return self.pool - len(self.running) - len(self._ready)
+    def _note_room(self) -> None:
+        executor = self._executor
+        if not executor.held:
+            self._emptied.set()
+        self._room_made.set()
 
-    # --- execute ------------------------------------------------------------------------------------------------------
+    # --- give back ----------------------------------------------------------------------------------------------------
 
-    def _send_carrier(self) -> None:
-        """Have one more greenlet on its way to the ready jobs, if there is one to be had.
+    def _give_back(self) -> None:
+        unstarted = self._executor.take_back()
+        if unstarted:
+            self._service.call(storage.give_back, unstarted)
+        if not self._executor.held:
+            self._emptied.set()
 
-        One at a time: it sends the next when it arrives. So jobs that never wait are run by the first one in a row, and
-        jobs that do wait each find their own.
-        """
-        if self._ready and not self._next_carrier_is_coming and self._carriers < self.pool:
-            self._next_carrier_is_coming = True
-            self._carriers += 1
-            gevent.spawn(self._carry)
-
-    def _carry(self) -> None:
-        """Run ready jobs, one after the other, in this greenlet; each in a context of its own."""
-        self._next_carrier_is_coming = False
-        self._send_carrier()
-        try:
-            if self._ready:
-                row, runner = self._ready.popleft()
-                Context().run(self._execute, row, runner)
-        finally:
-            self._carriers -= 1
-            self._send_carrier()
-            self._room_made.set()
-            if not self.running and not self._ready:
-                self._emptied.set()
-
-    def _execute(self, row: ClaimedJob, runner: int) -> None:
-        job = self._jobs[row.job_type]
-        attempt = Attempt(job, row, self.queue, runner, self._context, self._enqueue_pool)
-        enter_attempt(attempt)
-        self.running[row.id] = attempt
-        attempt.started = time.perf_counter()
-        fence = Fence(row.id, row.attempt, runner)
-        try:
-            args, kwargs = job.codec.decode(row.data)
-            job.function(*args, **kwargs)
-        except BaseException as error:  # a job may raise anything; SystemExit and GreenletExit are failures, too
-            self._acknowledger.failed.add(self._failure(attempt, fence, error))
-        else:
-            self._acknowledger.done.add(fence)
-            if logger.isEnabledFor(logging.DEBUG):
-                seconds = time.perf_counter() - attempt.started
-                logger.debug("job %s (%s) done in %.3f s", row.id, row.job_type, seconds, extra=_log_keys(attempt))
-        finally:
-            del self.running[row.id]
-
-    def _failure(self, attempt: Attempt, fence: Fence, error: BaseException) -> Failure:
-        row, job = attempt.row, attempt.job
-        may_retry = row.retries < job.max_retries and not isinstance(error, PayloadMismatch)
-        retry_in = exponential_delay(row.retries + 1) if may_retry else None
-        # The first frame is this module's, which tells nobody anything.
-        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
-        if retry_in is None:
-            logger.error(
-                "job %s (%s) failed on attempt %s and is not tried again",
-                *(row.id, row.job_type, attempt.number),
-                exc_info=error,
-                extra=_log_keys(attempt),
-            )
-        else:
-            logger.warning(
-                "job %s (%s) failed on attempt %s of %s; retrying in %.0f s",
-                *(row.id, row.job_type, attempt.number, row.crashes + job.max_retries + 1, retry_in),
-                exc_info=error,
-                extra=_log_keys(attempt),
-            )
-        return Failure(fence, retry_in, _error_record(error, attempt.number, self._runner_name))
+    def _give_back_stale(self) -> None:
+        """Give back what was claimed ahead when jobs turn slow, so that others can have it."""
+        executor = self._executor
+        while True:
+            self._holds_ready.wait()
+            self._holds_ready.clear()
+            finished = executor.finished
+            gevent.sleep(_STALE_SECONDS)
+            if not executor.ready:
+                continue
+            if executor.finished == finished and len(executor.running) >= self.pool:
+                self._pace.reset()
+                self._give_back()
+            else:
+                self._holds_ready.set()
 
 
-def _log_keys(attempt: Attempt) -> dict[str, Any]:
-    row = attempt.row
-    return {
-        "job_id": row.id,
-        "job_type": row.job_type,
-        "queue": attempt.queue,
-        "attempt": attempt.number,
-        "runner": attempt.runner,
-        "duration_ms": round((time.perf_counter() - attempt.started) * 1000, 3),
-    }
+class Pace:
+    """How many jobs finish in the time that is worth claiming ahead for: 0 while jobs are slow, or unknown."""
 
+    def __init__(self) -> None:
+        self.reset()
 
-def _error_record(error: BaseException, attempt: int, runner_name: str) -> dict[str, Any]:
-    """The error as it is kept on the row. PostgreSQL's JSON has no NUL and no lone surrogates; messages may."""
-    summary = traceback.TracebackException.from_exception(error)
-    return {
-        "at": datetime.now(timezone.utc).isoformat(),
-        "attempt": attempt,
-        "error": type(error).__qualname__,
-        "message": _storable(str(summary))[:_LONGEST_MESSAGE],  # also for errors whose own __str__ fails
-        "traceback": _storable("".join(summary.format()))[-_LONGEST_TRACEBACK:],
-        "runner": runner_name,
-    }
+    def reset(self) -> None:
+        """Forget what was measured."""
+        self._rate = 0.0
+        self._duration = _SLOW_JOB_SECONDS
+        self._measured_at = time.monotonic()
+        self._finished = -1
+        self._busy_seconds = 0.0
 
+    def measure(self, executor: Executor) -> int:
+        """Bring the measurement up to date, and return how many jobs to have ready."""
+        now = time.monotonic()
+        finished = executor.finished - self._finished
+        if self._finished < 0 or now - self._measured_at > 1.0:
+            # The first look, or one after a pause, in which the rate says more about what there was to do.
+            self._start_window(now, executor)
+        elif finished > 0 and now - self._measured_at >= _RATE_WINDOW_SECONDS:
+            rate = finished / (now - self._measured_at)
+            duration = (executor.busy_seconds - self._busy_seconds) / finished
+            self._rate += _RATE_WEIGHT * (rate - self._rate)
+            self._duration += _RATE_WEIGHT * (duration - self._duration)
+            self._start_window(now, executor)
+        return int(self._rate * _READ_AHEAD_SECONDS) if self._duration < _SLOW_JOB_SECONDS else 0
 
-def _storable(text: str) -> str:
-    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    def _start_window(self, now: float, executor: Executor) -> None:
+        self._measured_at = now
+        self._finished = executor.finished
+        self._busy_seconds = executor.busy_seconds
