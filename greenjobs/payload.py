@@ -20,7 +20,6 @@ import orjson
 
 from greenjobs.errors import JobDefinitionError, PayloadError, PayloadMismatch
 from greenjobs.shapes.annotations import AnnotationReader, resolve
-from greenjobs.shapes.dataclass_shape import Dataclass, OwnMethods
 from greenjobs.shapes.plain import Unfit, canonical_json, checked_text
 from greenjobs.shapes.shape import ANY_KIND, ARRAY, Items, Plain, Shape
 
@@ -73,13 +72,12 @@ class Codec:
         self._required = frozenset(self._positional + self._by_name) - self._defaults.keys()
         # All that can be a key of `data`, but for the names that **extra takes.
         self._names = frozenset(self.parameters) - {self._extra}
-        self._shapes = self._read_annotations(function)
+        reader = AnnotationReader(job_name)
+        self._shapes = self._read_annotations(function, reader)
         self._extra_shape = _ANY if self._extra is None else self._shapes.pop(self._extra)
         self._converting = [(name, shape) for name, shape in self._shapes.items() if not isinstance(shape, Plain)]
         only_shape = self._shapes[self.parameters[0]] if len(self.parameters) == len(self._required) == 1 else None
-        self.dataclass: type | None = (
-            only_shape.python_type if isinstance(only_shape, (Dataclass, OwnMethods)) else None
-        )
+        self.dataclass = reader.dataclass_of(only_shape)
 
     def encode(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, max_bytes: int) -> str:
         """Return the JSON text of one call.
@@ -150,8 +148,7 @@ class Codec:
             return self._take_positional(arguments), arguments
         return (), arguments
 
-    def _read_annotations(self, function: Callable[..., object]) -> dict[str, Shape]:
-        reader = AnnotationReader(self._job_name)
+    def _read_annotations(self, function: Callable[..., object], reader: AnnotationReader) -> dict[str, Shape]:
         global_names = getattr(inspect.unwrap(function), "__globals__", {})
         result: dict[str, Shape] = {}
         for each in self._signature.parameters.values():

@@ -8,13 +8,10 @@ import inspect
 import sys
 import types
 import typing
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from greenjobs.errors import JobDefinitionError
-from greenjobs.shapes import dataclass_shape
-from greenjobs.shapes.dataclass_shape import Dataclass, OwnMethods, StoredField
 from greenjobs.shapes.scalars import SCALARS, enum_shape
 from greenjobs.shapes.shape import (
     ANY_KIND,
@@ -32,6 +29,9 @@ from greenjobs.shapes.shape import (
     Shape,
     Unresolved,
 )
+
+if TYPE_CHECKING:
+    from greenjobs.shapes.dataclass_shape import StoredField
 
 _SEQUENCES = (
     list,
@@ -51,11 +51,13 @@ _SETS: dict[Any, type] = {
 _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
 
-@dataclass(frozen=True, slots=True)
 class UnresolvedAnnotation:
     """An annotation that names something that cannot be found at run time, such as an import under TYPE_CHECKING."""
 
-    text: str
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
 
 
 def resolve(annotation: Any, global_names: dict[str, Any], local_names: dict[str, Any] | None = None) -> Any:
@@ -87,6 +89,10 @@ class AnnotationReader:
         if default is None and NULL not in shape.kinds:
             return OneOf(shape.expected, [shape], nullable=True)
         return shape
+
+    def dataclass_of(self, shape: Shape | None) -> type | None:
+        """Return the dataclass that the shape is of; None for any other shape."""
+        return next((python_type for python_type, known in self._dataclasses.items() if known is shape), None)
 
     def shape_of(self, annotation: Any, where: str) -> Shape:
         """Return the shape of one annotation."""
@@ -214,13 +220,15 @@ class AnnotationReader:
         return OneOf(_text(annotation), members, nullable=nullable)
 
     def _dataclass(self, python_type: type, annotation: Any, where: str) -> Shape:
+        from greenjobs.shapes import dataclass_shape  # most jobs have none, and an import should cost them nothing
+
         if typing.get_args(annotation):
             self._refuse(where, annotation, "which is generic: annotate a dataclass that has the types written out")
         if python_type in self._dataclasses:
             return self._dataclasses[python_type]
         if dataclass_shape.has_own_methods(python_type):
-            return self._dataclasses.setdefault(python_type, OwnMethods(python_type))
-        shape = Dataclass(python_type)
+            return self._dataclasses.setdefault(python_type, dataclass_shape.OwnMethods(python_type))
+        shape = dataclass_shape.Dataclass(python_type)
         self._dataclasses[python_type] = shape
         self._check_constructor(python_type)
         class_config: dict[str, Any] = getattr(python_type, "dataclass_json_config", None) or {}
@@ -241,6 +249,8 @@ class AnnotationReader:
     def _field(
         self, python_type: type, field: dataclasses.Field[Any], annotation: Any, class_config: dict[str, Any]
     ) -> StoredField:
+        from greenjobs.shapes import dataclass_shape
+
         where = f"the field {python_type.__name__}.{field.name}"
         options: dict[str, Any] = dict(field.metadata.get("dataclasses_json", {}))
         global_encoder, global_decoder = dataclass_shape.global_coders(annotation)
@@ -253,7 +263,7 @@ class AnnotationReader:
         if encoder is None or decoder is None:
             shape = self.shape_of_argument(annotation, field.default, where)
         letter_case = options.get("letter_case") or class_config.get("letter_case")
-        return StoredField(
+        return dataclass_shape.StoredField(
             name=field.name,
             json_name=letter_case(field.name) if letter_case else field.name,
             owner_name=python_type.__name__,
@@ -284,6 +294,8 @@ class AnnotationReader:
     def _undefined_field(
         self, python_type: type, class_config: dict[str, Any], annotations: dict[str, Any]
     ) -> str | None:
+        from greenjobs.shapes import dataclass_shape
+
         if not dataclass_shape.includes_undefined(class_config):
             return None
         names = [name for name, annotation in annotations.items() if dataclass_shape.is_catch_all(annotation)]
