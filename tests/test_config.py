@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from psycopg2.extensions import make_dsn, parse_dsn
 
@@ -470,6 +470,7 @@ def test_redact_hides_the_password_and_nothing_else(url: str, shown: str) -> Non
 passwords = st.text(st.sampled_from("aZ0 %:@/?#&=;'\\+[],é€"), max_size=12).map(lambda text: f"{text}HUNTER2{text}")
 
 
+@settings(deadline=None)
 @given(passwords)
 def test_no_encoded_password_is_shown(password: str) -> None:
     url = f"postgresql://u:{quote(password, safe='')}@h/db?password={quote(password, safe='')}&sslmode=disable"
@@ -477,17 +478,20 @@ def test_no_encoded_password_is_shown(password: str) -> None:
     assert parse_dsn(redact(url)) == {**parse_dsn(url), "password": "***"}
 
 
+@settings(deadline=None)
 @given(passwords)
 def test_no_quoted_password_is_shown(password: str) -> None:
     dsn = make_dsn(host="h", password=password, dbname="d")
     assert parse_dsn(redact(dsn)) == {**parse_dsn(dsn), "password": "***"}
 
 
+@settings(deadline=None)
 @given(passwords.filter(lambda text: not set(text) & set("@/")))
 def test_no_password_that_somebody_forgot_to_encode_is_shown(password: str) -> None:
     assert "HUNTER2" not in redact(f"postgresql://u:{password}@h/db")
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("abp=:/@?&;' \\%\0\n[]") | st.characters()))
 @example("password=" * 1000)
 @example("a=" * 100_000)

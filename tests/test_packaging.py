@@ -73,13 +73,18 @@ def sql_in_wheel(wheel: zipfile.Path) -> dict[str, str]:
 
 
 def run_installed(site: Path, code: str) -> str:
-    """Run code where the package in `site` is installed, beside the dependencies in this environment.
+    """Run code where the package in `site` is installed, beside the dependencies of this environment.
 
-    Without -S the .pth files of this environment would put the checkout, installed in place, before it.
+    Without the .pth files of this environment (-S) and without its own greenjobs, which would come before.
     """
-    start = f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({sysconfig.get_path('purelib')!r})"
+    dependencies = site.with_name("dependencies")
+    dependencies.mkdir()
+    for each in Path(sysconfig.get_path("purelib")).iterdir():
+        if "greenjobs" not in each.name:
+            (dependencies / each.name).symlink_to(each)
+    start = f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({str(dependencies)!r})"
     command = [sys.executable, "-S", "-c", f"{start}\n{code}"]
-    done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
