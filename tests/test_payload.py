@@ -424,6 +424,11 @@ def test_numbers_at_the_edges_come_back_equal(value):
     assert call_after_storing(send_email, value)[0] == value
 
 
+def test_large_float_is_written_so_that_jsonb_makes_no_integer_of_it():
+    """As 4.397738565085685e16, which is orjson's way, jsonb would store 43977385650856850, another number."""
+    assert encode(send_email, [4.397738565085685e16, -1e16]) == '{"to":[43977385650856848.0,-10000000000000000.0]}'
+
+
 def test_backslash_before_u0000_is_just_text():
     assert call_after_storing(send_email, "\\u0000")[0] == "\\u0000"
 

@@ -13,10 +13,11 @@ Without an annotation that says otherwise a value is plain JSON:
 
 These come back as themselves where they are annotated, also inside list, dict, tuple, set, X | None and dataclasses:
 
-- datetime, date and time as ISO 8601 text. The offset of an aware datetime is kept, the name of its zone is not.
+- datetime, date and time as ISO 8601 text. The offset of an aware datetime is kept; the name of its zone, and the fold
+  of a naive one, are not.
 - timedelta as a number of seconds; UUID and Decimal as text; an Enum as the value of the member.
 - tuple, set and frozenset as a list; sets are sorted, so that equal ones are stored alike.
-- float as a number: jsonb gives 1e16 back as 10000000000000000, which is made a float again.
+- float, also where an int was passed, or stored by another program: jsonb makes an integer of 1e16.
 - a dataclass as the object of its fields, by dataclasses-json.
 
 Annotations such as str, int or list[str] ask for no conversion and, as everywhere in Python, are not enforced.

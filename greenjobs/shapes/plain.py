@@ -18,6 +18,9 @@ import orjson
 MAX_DEPTH = 100
 # What serde reads into i64 or u64, and all that orjson writes.
 MIN_INT, MAX_INT = -(2**63), 2**64 - 1
+# From here on orjson writes a float with an exponent. Of 4.397738565085685e16 jsonb makes 43977385650856850, which would
+# be read as an int, and not the one that the float is; 43977385650856848.0 it keeps.
+FIRST_WITH_EXPONENT = 1e16
 # A key longer than this is cut where a path quotes it.
 QUOTED_KEY_LENGTH = 40
 
@@ -53,7 +56,7 @@ class Foreign(Unfit):
 
 
 def plain(value: Any, depth: int) -> Any:
-    """Return the value made of str, int, float, bool, None, list and dict alone; `depth` counts what is around it.
+    """Return the value made of what orjson writes as plain JSON alone; `depth` counts the containers around it.
 
     Raises Unfit.
     """
@@ -68,9 +71,11 @@ def plain(value: Any, depth: int) -> Any:
             return value
         raise Unfit("is an integer of more than 64 bits: pass it as str")
     if kind is float:
-        if math.isfinite(value):
-            return value
-        raise Unfit(f"is {value}, which JSON does not have: pass None, or leave it out")
+        if not math.isfinite(value):
+            raise Unfit(f"is {value}, which JSON does not have: pass None, or leave it out")
+        if FIRST_WITH_EXPONENT <= abs(value) <= MAX_INT:
+            return orjson.Fragment(f"{value:.1f}")
+        return value
     if kind is list or kind is tuple:
         return dump_items(value, plain, depth)
     if kind in DICTS:

@@ -98,7 +98,7 @@ class Unresolved(Plain):
 
 
 class Float(Shape):
-    """A float; also where jsonb has made an integer of it."""
+    """A float; also where an int was passed, or jsonb has made one of what another program stored."""
 
     __slots__ = ()
 
