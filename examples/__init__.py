@@ -1,0 +1,1 @@
+"""Examples: programs that use greenjobs as yours would; the tests run them."""
