@@ -18,8 +18,8 @@ import orjson
 MAX_DEPTH = 100
 # What serde reads into i64 or u64, and all that orjson writes.
 MIN_INT, MAX_INT = -(2**63), 2**64 - 1
-# From here on orjson writes a float with an exponent. Of 4.397738565085685e16 jsonb makes 43977385650856850, which would
-# be read as an int, and not the one that the float is; 43977385650856848.0 it keeps.
+# From here on orjson writes a float with an exponent. Of 4.397738565085685e16 jsonb makes 43977385650856850, which is
+# read as an int, and not as the one that the float is; 43977385650856848.0 it keeps.
 FIRST_WITH_EXPONENT = 1e16
 # A key longer than this is cut where a path quotes it.
 QUOTED_KEY_LENGTH = 40
