@@ -22,7 +22,7 @@ from greenjobs.payload import Codec
 
 if TYPE_CHECKING:
     from greenjobs.pool import ConnectionPool
-    from greenjobs.storage import ClaimedJob, Enqueued, NewJobs
+    from greenjobs.storage import ClaimedJob, NewJobs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -189,24 +189,23 @@ class Call(Generic[P]):
         return self._enqueue(settings, encoded) if encoded else []
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
-        from greenjobs import pool, storage  # psycopg2 is loaded with the first job, not with the application
-
-        batches = [self._new_jobs(data[start : start + BATCH_SIZE]) for start in range(0, len(data), BATCH_SIZE)]
+        pool, storage = _database_rooms()
+        batches = [
+            self._new_jobs(storage, data[start : start + BATCH_SIZE]) for start in range(0, len(data), BATCH_SIZE)
+        ]
         if self._options.connection is not None:
-            enqueued = _insert(pool.raw_connection(self._options.connection), batches)
+            enqueued = storage.enqueue(pool.raw_connection(self._options.connection), batches)
         else:
             attempt = _attempt.get(None)
             lender = attempt.place.pool if attempt is not None else pool.shared_pool(settings)
-            with lender.connection() as connection, storage.atomic(connection, several=len(batches) > 1):
-                enqueued = _insert(connection, batches)
+            with lender.connection() as connection:
+                enqueued = storage.enqueue(connection, batches)
         name = self._job.name
         return [JobHandle(id, name, is_duplicate) for id, is_duplicate in enqueued]
 
-    def _new_jobs(self, data: list[str]) -> NewJobs:
-        from greenjobs import storage
-
+    def _new_jobs(self, storage: Any, data: list[str]) -> NewJobs:
         job, options = self._job, self._options
-        return storage.NewJobs(
+        new: NewJobs = storage.NewJobs(
             job_type=job.name,
             data=data,
             queue=options.queue if options.queue is not None else job.queue,
@@ -215,12 +214,15 @@ class Call(Generic[P]):
             run_at=options.run_at,
             unique_keys=[storage.unique_key(job.name, one) for one in data] if job.unique else None,
         )
+        return new
 
 
-def _insert(connection: Any, batches: list[NewJobs]) -> list[Enqueued]:
-    from greenjobs import storage
+@functools.cache
+def _database_rooms() -> tuple[Any, Any]:
+    """The modules that need psycopg2, which is loaded with the first job that is enqueued, not with the application."""
+    from greenjobs import pool, storage
 
-    return [row for batch in batches for row in storage.enqueue(connection, batch)]
+    return pool, storage
 
 
 @overload

@@ -105,93 +105,65 @@ class Rescued(NamedTuple):
 
 # --- enqueue ----------------------------------------------------------------------------------------------------------
 
-# Jobs that are due are born available and wake one waiting worker each, if there is one: NOTIFY takes a lock on the
-# whole database when it commits, so a busy system had better do without. Jobs for later wake the promoters, if they are
-# due sooner than a promoter looks by itself.
+# Jobs that are due are born available. The statement says whether somebody waits for them, and whether they are due
+# sooner than a promoter looks by itself; only then is there a second one, which notifies. NOTIFY takes a lock on the
+# whole database when it commits, so a busy system had better do without.
 _ENQUEUE = """
-WITH due AS (
-    SELECT coalesce(%(run_at)s::timestamptz, now() + make_interval(secs => %(delay)s)) AS at
-),
-enqueued AS (
-    INSERT INTO background_jobs (job_type, data, queue, priority, run_at, state{key_column})
-    SELECT
-        %(job_type)s,
-        given.data,
-        %(queue)s,
-        %(priority)s,
-        due.at,
-        CASE WHEN due.at > now() THEN 'scheduled' ELSE 'available' END{key_value}
-    FROM
-        due,
-        {given}
-    ORDER BY given.place
-    {on_conflict}
-    RETURNING id{key_column}
-),
-{notified}
-SELECT enqueued.*
-FROM
-    enqueued,
-    (SELECT count(*) FROM notified) AS notifications
+INSERT INTO background_jobs (job_type, data, queue, priority, run_at, state{key_column})
+SELECT
+    %(job_type)s,
+    given.data,
+    %(queue)s,
+    %(priority)s,
+    coalesce(%(run_at)s, now() + make_interval(secs => %(delay)s)),
+    CASE
+        WHEN coalesce(%(run_at)s, now() + make_interval(secs => %(delay)s)) > now() THEN 'scheduled'
+        ELSE 'available'
+    END
+    {key}
+FROM {given}
+ORDER BY given.place
+{on_conflict}
+RETURNING
+    id,
+    {notify}
+    {key_column}
 """
 
 _PLAIN = {
     "key_column": "",
-    "key_value": "",
-    "given": "jsonb_array_elements(%(data)s::jsonb) WITH ORDINALITY AS given (data, place)",
+    "key": "",
+    "given": "jsonb_array_elements(%(data)s) WITH ORDINALITY AS given (data, place)",
     "on_conflict": "",
 }
 
 _UNIQUE = {
     "key_column": ", unique_key",
-    "key_value": ", given.key",
-    "given": """ROWS FROM (
-            jsonb_array_elements(%(data)s::jsonb),
-            unnest(%(keys)s::text[])
-        ) WITH ORDINALITY AS given (data, key, place)""",
+    "key": ", given.key",
+    "given": "ROWS FROM (jsonb_array_elements(%(data)s), unnest(%(keys)s)) WITH ORDINALITY AS given (data, key, place)",
     "on_conflict": """ON CONFLICT (unique_key)
-        WHERE unique_key IS NOT NULL AND state IN ('scheduled', 'available')
-        DO NOTHING""",
+    WHERE unique_key IS NOT NULL AND state IN ('scheduled', 'available')
+    DO NOTHING""",
 }
 
-_NOTIFY_PROMOTERS = """
-    SELECT pg_notify(%(channel)s, 'due')
-    FROM due
-    WHERE due.at > now()
-        AND due.at < now() + make_interval(secs => %(look_ahead)s)
-"""
-
-_WAKE_WAITING = {
-    "notified": """woken AS (
-    DELETE FROM background_waiting
-    WHERE (queue, runner) IN (
-        SELECT queue, runner
-        FROM background_waiting
-        WHERE queue = %(queue)s
-            AND (SELECT due.at <= now() FROM due)
-        LIMIT %(count)s
-        FOR UPDATE SKIP LOCKED
-    )
-    RETURNING runner
-),
-notified AS MATERIALIZED (
-    SELECT pg_notify(%(channel)s, runner || ':' || %(queue)s)
-    FROM woken
-    UNION ALL"""
-    + _NOTIFY_PROMOTERS
-    + ")"
+_SOMEBODY_WAITS = {
+    "notify": """CASE
+        WHEN state = 'available' THEN EXISTS (
+            SELECT
+            FROM background_waiting
+            WHERE background_waiting.queue = %(queue)s
+        )
+        ELSE run_at < now() + interval '2 seconds'
+    END"""
 }
 
-# The caller's transaction may take its time to commit. Who waits now says nothing about then, and a lock on a row of
-# background_waiting would be held all that while. So it always notifies; PostgreSQL folds equal ones into one.
+# The caller's transaction may take its time to commit, and who waits now says nothing about then. So it always
+# notifies; PostgreSQL folds equal notifications of one transaction into one.
 _NOTIFY_ALWAYS = {
-    "notified": """notified AS MATERIALIZED (
-    SELECT pg_notify(%(channel)s, '*:' || %(queue)s)
-    FROM due
-    WHERE due.at <= now()
-    UNION ALL"""
-    + _NOTIFY_PROMOTERS
-    + ")"
+    "notify": """CASE
+        WHEN state = 'available' THEN pg_notify('greenjobs', '*:' || %(queue)s) IS NULL
+        WHEN run_at < now() + interval '2 seconds' THEN pg_notify('greenjobs', 'due') IS NULL
+    END"""
 }
 
 _ENQUEUE_TYPES = {
@@ -201,21 +173,50 @@ _ENQUEUE_TYPES = {
     "priority": "smallint",
     "run_at": "timestamptz",
     "delay": "float8",
-    "channel": "text",
-    "look_ahead": "float8",
 }
 
+
+def _enqueue_statement(name: str, jobs: Mapping[str, str], notify: Mapping[str, str], **types: str) -> Statement:
+    # Parameters are typed in place for connections on which nothing is prepared.
+    typed = {parameter: f"%({parameter})s::{type}" for parameter, type in {**_ENQUEUE_TYPES, **types}.items()}
+    text = _ENQUEUE.format(**jobs, **notify)
+    for parameter, cast in typed.items():
+        text = text.replace(f"%({parameter})s", cast)
+    return Statement(name, text, **_ENQUEUE_TYPES, **types)
+
+
 _ENQUEUE_STATEMENTS = {
-    (is_unique, in_transaction): Statement(
-        f"enqueue_{'unique' if is_unique else 'plain'}_{'inside' if in_transaction else 'alone'}",
-        _ENQUEUE.format(**(_UNIQUE if is_unique else _PLAIN), **(_NOTIFY_ALWAYS if in_transaction else _WAKE_WAITING)),
-        **_ENQUEUE_TYPES,
-        **({"keys": "text[]"} if is_unique else {}),
-        **({} if in_transaction else {"count": "int"}),
-    )
-    for is_unique in (False, True)
-    for in_transaction in (False, True)
+    (False, False): _enqueue_statement("enqueue", _PLAIN, _SOMEBODY_WAITS),
+    (True, False): _enqueue_statement("enqueue_unique", _UNIQUE, _SOMEBODY_WAITS, keys="text[]"),
+    (False, True): _enqueue_statement("enqueue_inside", _PLAIN, _NOTIFY_ALWAYS),
+    (True, True): _enqueue_statement("enqueue_unique_inside", _UNIQUE, _NOTIFY_ALWAYS, keys="text[]"),
 }
+
+# As many waiting workers are woken as there are jobs. The promoters are, when none of the jobs is available yet.
+_NOTIFY = Statement(
+    "notify",
+    """
+WITH woken AS (
+    DELETE FROM background_waiting
+    WHERE (queue, runner) IN (
+        SELECT queue, runner
+        FROM background_waiting
+        WHERE queue = %(queue)s
+        LIMIT %(count)s
+        FOR UPDATE SKIP LOCKED
+    )
+    RETURNING runner
+)
+SELECT pg_notify('greenjobs', runner || ':' || %(queue)s)
+FROM woken
+UNION ALL
+SELECT pg_notify('greenjobs', 'due')
+WHERE %(is_later)s
+""",
+    queue="text",
+    count="int",
+    is_later="bool",
+)
 
 _UNSTARTED = """
 SELECT unique_key, id
@@ -224,41 +225,27 @@ WHERE unique_key = ANY(%(keys)s)
     AND state IN ('scheduled', 'available')
 """
 
-# A promoter looks at least this often. Jobs due earlier than that after being enqueued notify it.
+# A promoter looks at least this often. Jobs due within twice that time of being enqueued notify it.
 PROMOTER_SECONDS = 1.0
 
 
-def enqueue(connection: Connection, jobs: NewJobs) -> list[Enqueued]:
-    """Insert the jobs, in order, and wake who waits for them; commits in autocommit, else it is the caller's to do.
+def enqueue(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
+    """Insert the jobs, in order, and wake who waits for them.
 
-    A job whose unique key an unstarted job has already is not inserted; the other's id stands in its place.
+    On an autocommit connection this is all or nothing, and committed; else committing is the caller's to do. A job whose
+    unique key an unstarted job has already is not inserted; the other's id stands in its place.
     """
-    in_transaction = not connection.autocommit or connection.info.transaction_status != TRANSACTION_STATUS_IDLE
-    statement = _ENQUEUE_STATEMENTS[jobs.unique_keys is not None, in_transaction]
-    parameters = {
-        "job_type": jobs.job_type,
-        "queue": jobs.queue,
-        "priority": jobs.priority,
-        "run_at": jobs.run_at,
-        "delay": jobs.delay_seconds,
-        "channel": CHANNEL,
-        "look_ahead": 2 * PROMOTER_SECONDS,
-        "count": len(jobs.data),
-    }
-    with connection.cursor() as cursor:
-        if jobs.unique_keys is None:
-            statement.run(cursor, {**parameters, "data": _json_array(jobs.data)})
-            # The serial numbers were drawn in the order of the jobs, whatever the order in which they come back.
-            return [Enqueued(id, False) for id in sorted(row[0] for row in cursor.fetchall())]
-        return _enqueue_unique(cursor, statement, parameters, jobs.data, jobs.unique_keys)
+    if not connection.autocommit or connection.get_transaction_status() != TRANSACTION_STATUS_IDLE:
+        return [row for jobs in batches for row in _enqueue(connection, jobs, in_transaction=True)]
+    if len(batches) == 1:
+        return _enqueue(connection, batches[0], in_transaction=False)
+    with atomic(connection):
+        return [row for jobs in batches for row in _enqueue(connection, jobs, in_transaction=True)]
 
 
 @contextlib.contextmanager
-def atomic(connection: Connection, *, several: bool) -> Iterator[None]:
-    """Make `several` statements on an autocommit connection one transaction; a single one is that by itself."""
-    if not several:
-        yield
-        return
+def atomic(connection: Connection) -> Iterator[None]:
+    """Make what is done on an autocommit connection inside one transaction."""
     connection.autocommit = False
     try:
         with connection:
@@ -268,28 +255,62 @@ def atomic(connection: Connection, *, several: bool) -> Iterator[None]:
             connection.autocommit = True
 
 
+def _enqueue(connection: Connection, jobs: NewJobs, *, in_transaction: bool) -> list[Enqueued]:
+    statement = _ENQUEUE_STATEMENTS[jobs.unique_keys is not None, in_transaction]
+    parameters = {
+        "job_type": jobs.job_type,
+        "queue": jobs.queue,
+        "priority": jobs.priority,
+        "run_at": jobs.run_at,
+        "delay": jobs.delay_seconds,
+    }
+    cursor = connection.cursor()
+    if jobs.unique_keys is not None:
+        return _enqueue_unique(cursor, statement, parameters, jobs, jobs.unique_keys, in_transaction)
+    parameters["data"] = _json_array(jobs.data)
+    statement.run(cursor, parameters)
+    rows = cursor.fetchall()
+    if rows[0][1] and not in_transaction:
+        _notify(cursor, jobs)
+    # The serial numbers were drawn in the order of the jobs, whatever the order in which they come back.
+    return [Enqueued(row[0], False) for row in sorted(rows)]
+
+
 def _enqueue_unique(
-    cursor: Cursor, statement: Statement, parameters: dict[str, Any], data: Sequence[str], keys: Sequence[str]
+    cursor: Cursor,
+    statement: Statement,
+    parameters: dict[str, Any],
+    jobs: NewJobs,
+    keys: Sequence[str],
+    in_transaction: bool,
 ) -> list[Enqueued]:
-    pending = dict(zip(reversed(keys), reversed(data), strict=True))  # of equal keys the first one counts
-    rows: dict[str, Enqueued] = {}
+    pending = dict(zip(reversed(keys), reversed(jobs.data), strict=True))  # of equal keys the first one counts
+    found: dict[str, Enqueued] = {}
     while pending:
         statement.run(cursor, {**parameters, "data": _json_array(pending.values()), "keys": list(pending)})
-        for id, key in cursor.fetchall():
-            rows[key] = Enqueued(id, False)
+        rows = cursor.fetchall()
+        for id, _, key in rows:
+            found[key] = Enqueued(id, False)
             del pending[key]
+        if rows and rows[0][1] and not in_transaction:
+            _notify(cursor, jobs)
         if pending:
             # The statement's snapshot may be older than the row it ran into, so that only a new look sees it. A job
             # that started between the two looks has let go of its key: once more, then.
             cursor.execute(_UNSTARTED, {"keys": list(pending)})
             for key, id in cursor.fetchall():
-                rows[key] = Enqueued(id, True)
+                found[key] = Enqueued(id, True)
                 del pending[key]
     enqueued = []
     for key in keys:
-        enqueued.append(rows[key])
-        rows[key] = Enqueued(rows[key].id, True)
+        enqueued.append(found[key])
+        found[key] = Enqueued(found[key].id, True)
     return enqueued
+
+
+def _notify(cursor: Cursor, jobs: NewJobs) -> None:
+    is_later = jobs.run_at is not None or jobs.delay_seconds > 0
+    _NOTIFY.run(cursor, {"queue": jobs.queue, "count": len(jobs.data), "is_later": is_later})
 
 
 def _json_array(items: Iterable[str]) -> str:
@@ -683,7 +704,7 @@ def register_runner(
 
     The row is committed when the session holds its lock, so nobody ever sees the one without the other.
     """
-    with atomic(connection, several=True), connection.cursor() as cursor:
+    with atomic(connection), connection.cursor() as cursor:
         cursor.execute(
             _REGISTER,
             {
@@ -765,15 +786,14 @@ WITH woken AS (
     WHERE queue = ANY(%(queues)s)
     RETURNING queue, runner
 )
-SELECT pg_notify(%(channel)s, runner || ':' || queue)
+SELECT pg_notify('greenjobs', runner || ':' || queue)
 FROM woken
 """,
     queues="text[]",
-    channel="text",
 )
 
 
 def wake(connection: Connection, queues: Sequence[str]) -> None:
     """Wake every worker that waits at one of these queues."""
     with connection.cursor() as cursor:
-        _WAKE.run(cursor, {"queues": list(queues), "channel": CHANNEL})
+        _WAKE.run(cursor, {"queues": list(queues)})
