@@ -9,7 +9,7 @@ endif
 ARGS ?=
 BIN = .venv/bin
 
-.PHONY: stress test test-verbose lint ci clean venv venv-lint
+.PHONY: stress test test-verbose lint ci bench clean venv venv-lint
 
 stress: venv
 	@$(BIN)/python -m examples.stress_test $(ARGS)
@@ -27,6 +27,9 @@ lint: venv venv-lint
 	$(BIN)/lint-imports
 
 ci: test lint
+
+bench: venv
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 # Also takes away the private PostgreSQL that the examples use.
 clean:
