@@ -139,18 +139,18 @@ def _seconds(seconds: float | None) -> str:
 def _remarks(total: Score) -> Iterator[str]:
     yield ""
     if total.awaiting_retry:
-        yield f"{total.awaiting_retry} jobs failed, and their next attempt was not due before the game was over."
+        yield f"Awaiting retry: {total.awaiting_retry}. They failed, and were not due again before the game was over."
     if total.given_up:
-        yield f"{total.given_up} jobs failed too often and were given up."
+        yield f"Given up: {total.given_up}. They failed as often as they may."
     if total.not_started:
-        yield f"{total.not_started} jobs had not started when the game was over (--duration, --workers)."
+        yield f"Not started: {total.not_started}. They waited when the game was over (see --duration and --workers)."
 
 
 def _verdict(report: Report) -> Iterator[tuple[str, str]]:
     if report.lost:
-        yield "bold red", f"LOST: {_some(report.lost)}"
+        yield "bold red", f"LOST: job {_some(report.lost)}"
     if report.ran_twice:
-        yield "bold red", f"RAN TWICE: {_some(report.ran_twice)}"
+        yield "bold red", f"RAN TWICE: job {_some(report.ran_twice)}"
     if report.is_clean:
         yield "bold green", "No job was lost and none ran twice: so says the ledger in the database."
 
@@ -158,4 +158,4 @@ def _verdict(report: Report) -> Iterator[tuple[str, str]]:
 def _some(jobs: Sequence[int]) -> str:
     named = ", ".join(map(str, jobs[:_NAMED_JOBS]))
     more = len(jobs) - _NAMED_JOBS
-    return f"{len(jobs)} jobs ({named}{f' and {more} more' if more > 0 else ''})"
+    return named + (f" and {more} more" if more > 0 else "")
