@@ -52,6 +52,7 @@ def test_without_any_source_every_option_has_its_default() -> None:
         "app": None,
         "pool": 50,
         "poll_interval": 1.0,
+        "read_ahead": 4_000,
         "max_retries": 10,
         "max_payload_bytes": 1024 * 1024,
         "enqueue_timeout": 5.0,
