@@ -8,46 +8,59 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import machine, report
-from benchmarks.case import Case, Measurement, Sizes, figures, measure, shown
+from benchmarks.case import BenchmarkFailed, Case, Measurement, Sizes, figures, measure, shown
 from benchmarks.cases import CASES
-from benchmarks.measure import BenchmarkFailed
+from benchmarks.peers.comparison import comparisons
 from benchmarks.server import Server, server
 from greenjobs.errors import GreenjobsError
 
 
 def main() -> int:
-    """Run what the command line asks for; 1 when a case could not be measured, whatever its figures."""
+    """Run what the command line asks for; 1 when something of it could not be measured, whatever the figures."""
     arguments = _parse(sys.argv[1:])
     cases, remarks = _chosen(arguments)
+    failures: list[str] = []
     try:
         with server(arguments.database_url) as measured_on:
-            results = _run(cases, measured_on, arguments, remarks)
+            results = _run(cases, measured_on, arguments, remarks, failures)
     except GreenjobsError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     report.write(results, arguments.output)
     print(f"\n{report.targets_text(results)}\n\nwritten to {arguments.output / report.PAGE}")
-    return 1 if len(results.titles) < len(cases) else 0
+    return 1 if failures else 0
 
 
-def _run(cases: Mapping[str, Case], on: Server, arguments: argparse.Namespace, remarks: list[str]) -> report.Results:
+def _run(
+    cases: Mapping[str, Case],
+    on: Server,
+    arguments: argparse.Namespace,
+    remarks: Sequence[str],
+    failures: list[str],
+) -> report.Results:
     facts = machine.facts(on, sys.argv[1:])
     titles: dict[str, str] = {}
     measurements: list[Measurement] = []
     for name, case in cases.items():
         print(f"\n{name}: {case.title}", flush=True)
-        try:
-            of_case = list(
-                measure(case, on, sizes=Sizes(arguments.scale), rounds=arguments.rounds, on_side=_show_progress)
-            )
-        except BenchmarkFailed as error:
-            print(f"  failed: {error}", file=sys.stderr, flush=True)
-            remarks.append(f"{case.title}: could not be measured: {str(error).splitlines()[0]}")
-            continue
-        titles[name] = case.title
-        measurements += of_case
-        _show_figures(of_case)
-    return report.Results(facts, titles, measurements, remarks, on.is_durable(), arguments.scale)
+
+        def note(side: str, error: BenchmarkFailed, title: str = case.title) -> None:
+            print(f"  {side} failed: {error}", file=sys.stderr, flush=True)
+            failures.append(f"{title}: {side} could not be measured: {str(error).splitlines()[0].rstrip(':')}")
+
+        of_case = measure(
+            case,
+            on,
+            sizes=Sizes(arguments.scale),
+            rounds=arguments.rounds,
+            on_side=_show_progress,
+            on_failure=note,
+        )
+        if of_case:
+            titles[name] = case.title
+            measurements += of_case
+            _show_figures(of_case)
+    return report.Results(facts, titles, measurements, [*remarks, *failures], on.is_durable(), arguments.scale)
 
 
 def _show_progress(side: str, round: int) -> None:
@@ -64,7 +77,10 @@ def _show_figures(measurements: Sequence[Measurement]) -> None:
 def _chosen(arguments: argparse.Namespace) -> tuple[Mapping[str, Case], list[str]]:
     """The cases to run, and what is to be said about those that cannot be."""
     chosen: dict[str, Case] = {name: CASES[name] for name in arguments.cases}
-    return chosen, []
+    if not arguments.peers:
+        return chosen, ["other job queues: measured with --peers"]
+    peers, remarks = comparisons(arguments.peer_python)
+    return {**chosen, **{case.name: case for case in peers}}, list(remarks)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -84,7 +100,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _case_names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
+    names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = sorted(set(names) - set(CASES))
     if unknown:
         raise argparse.ArgumentTypeError(f"no such case: {', '.join(unknown)}; there are: {', '.join(CASES)}")

@@ -109,7 +109,7 @@ FROM inserted
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Jobs that wait in a table; `scheduled` more are not due for a day, and are enqueued before the others, or after."""
+    """Jobs that wait in a table; `scheduled` more are not due for a day, enqueued before the others or after."""
 
     jobs: int
     job_type: str = "noop"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,10 @@ from benchmarks.server import Database, Server
 
 Values = Mapping[str, float]
 """What one round of one side gave, by metric."""
+
+
+class BenchmarkFailed(Exception):
+    """A measurement that is none: a program failed, or did not do the work that its figure would stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +106,38 @@ class Figure:
 
 
 def measure(
-    case: Case, server: Server, *, sizes: Sizes, rounds: int, on_side: Callable[[str, int], None]
-) -> Iterator[Measurement]:
-    """Let the sides take turns; each has a database of its own, which it keeps from round to round."""
+    case: Case,
+    server: Server,
+    *,
+    sizes: Sizes,
+    rounds: int,
+    on_side: Callable[[str, int], None],
+    on_failure: Callable[[str, BenchmarkFailed], None],
+) -> list[Measurement]:
+    """Let the sides take turns; each has a database of its own, which it keeps from round to round.
+
+    A side that fails has no figure, and the others go on without it; without the first one there is no case.
+    """
+    measurements: dict[str, list[Measurement]] = {}
     with contextlib.ExitStack() as stack:
         sides = [(side, stack.enter_context(server.database(migrated=side.migrated))) for side in case.sides(sizes)]
+        subject, _ = sides[0]
         for round in range(1, rounds + 1):
-            for side, database in sides:
+            for side, database in sides.copy():
                 on_side(side.name, round)
-                for metric, value in side.measure(database).items():
-                    yield Measurement(case.name, side.name, round, metric, value)
+                try:
+                    values = side.measure(database)
+                except BenchmarkFailed as error:
+                    on_failure(side.name, error)
+                    if side is subject:
+                        return []
+                    sides.remove((side, database))
+                    measurements.pop(side.name, None)
+                    continue
+                measurements.setdefault(side.name, []).extend(
+                    Measurement(case.name, side.name, round, metric, value) for metric, value in values.items()
+                )
+    return [each for of_side in measurements.values() for each in of_side]
 
 
 def figures(measurements: Sequence[Measurement]) -> list[Figure]:

@@ -20,9 +20,10 @@ _SECRET_OPTION = "--database-url"
 
 def facts(server: Server, arguments: Sequence[str]) -> Mapping[str, str]:
     """Machine, versions, the server's settings, and the command that made the figures."""
+    system = f"{platform.system()} {platform.release()}"
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} × {_processor()}, {_memory_gb():.0f} GB, {platform.system()} {platform.release()}",
+        "machine": f"{os.cpu_count()} × {_processor()}, {_memory_gb():.0f} GB, {system}",
         "load before": " ".join(f"{load:.2f}" for load in os.getloadavg()),
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
         "packages": ", ".join(f"{name} {_version(name)}" for name in ("greenjobs", *_PACKAGES)),

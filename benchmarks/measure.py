@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.backlog import QUEUE
+from benchmarks.case import BenchmarkFailed
 from benchmarks.programs import protocol
 from benchmarks.programs.tally import COUNT_BYTES
 from benchmarks.server import Database
@@ -30,10 +31,6 @@ _CONNECTIONS_LOOK_SECONDS = 0.1
 _PATIENCE_SECONDS = 900.0
 
 _STDERR_SHOWN = 2000
-
-
-class BenchmarkFailed(Exception):
-    """A measurement that is none: a program failed, or did not do the work that its figure would stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,7 @@ class Program:
 
     def __init__(self, module: str, order: Mapping[str, Any], *, python: str = sys.executable) -> None:
         self._module = module
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self._process = subprocess.Popen(
             [python, "-m", module],
             cwd=ROOT,
@@ -276,13 +273,18 @@ def enqueue(
     Raises BenchmarkFailed unless the table has the rows that the program says it has enqueued.
     """
     before = database.count(table)
-    with started(module, {**order, "database_url": database.url}, python=python) as (program,):
-        program.go()
-        report = program.report()
+    report = run_program(module, {**order, "database_url": database.url}, python=python)
     come = database.count(table) - before
     if come != report["enqueued"] or come < order["jobs"]:
         raise BenchmarkFailed(f"{module}: {order['jobs']} jobs were to be enqueued, {come} rows have come")
     return float(order["jobs"] / report["seconds"])
+
+
+def run_program(module: str, order: Mapping[str, Any], *, python: str = sys.executable) -> dict[str, Any]:
+    """Have a program do what it does; its report."""
+    with started(module, order, python=python) as (program,):
+        program.go()
+        return program.report()
 
 
 def percentile(values: Sequence[float], share: float) -> float:

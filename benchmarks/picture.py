@@ -37,16 +37,12 @@ def draw(figures: Sequence[Figure], titles: Mapping[str, str]) -> str:
             parts.append(_bar(figure, top, figure.value / longest))
             top += _BAR_HEIGHT + 2
     height = top + _MARGIN
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-            f'viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" font-size="12">',
-            f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
-            *parts,
-            "</svg>",
-            "",
-        ]
+    size = f'width="{_WIDTH}" height="{height}"'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {_WIDTH} {height}" '
+        f'font-family="sans-serif" font-size="12">'
     )
+    return "\n".join([head, f'<rect {size} fill="white"/>', *parts, "</svg>", ""])
 
 
 def _bar(figure: Figure, top: int, share: float) -> str:

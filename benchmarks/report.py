@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import picture
-from benchmarks.case import METRICS, Figure, Measurement, as_record, figures, shown
+from benchmarks.case import METRICS, Measurement, as_record, figures, shown
 from benchmarks.targets import Judgement, judge
 
 LINES = "performance.jsonl"

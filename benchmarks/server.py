@@ -126,6 +126,12 @@ class Database:
             assert row is not None
             return int(row[0])
 
+    def has_table(self, table: str) -> bool:
+        """Whether there is such a table."""
+        with connected(self.url) as cursor:
+            cursor.execute("SELECT to_regclass(%(table)s)", {"table": table})
+            return cursor.fetchone() != (None,)
+
     def settle(self, table: str) -> None:
         """Have what the server would do later be done before the measurement: statistics, hint bits, dirty pages."""
         with connected(self.url) as cursor:

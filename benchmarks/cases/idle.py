@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.backlog import QUEUE, Backlog
 from benchmarks.case import Case, Side, Sizes, Values
@@ -33,25 +35,21 @@ class Latency:
 
     def sides(self, sizes: Sizes) -> Sequence[Side]:
         """greenjobs, and the bare loop woken by a NOTIFY with each INSERT."""
-        jobs = sizes.of(self.jobs, at_least=10) + _WARM_UP
 
         def measured(database: Database, module: str, side: str) -> Values:
-            order = {
-                "database_url": database.url,
-                "side": side,
-                "mode": "paced",
-                "jobs": jobs,
-                "concurrency": 1,
-                "payload_bytes": 0,
-                "pause_ms": _PAUSE_MS,
-            }
-            with Runners(module).started(database) as running, started(_ENQUEUER, order) as (enqueuer,):
-                running.go()
-                enqueuer.go()
-                enqueuer.report()
-                running.wait_until_done(jobs)
-                latencies = running.stop().latencies_ms[_WARM_UP:]
-            return {"p50_ms": percentile(latencies, 0.50), "p99_ms": percentile(latencies, 0.99)}
+            return latencies(
+                database,
+                Runners(module),
+                enqueuer=_ENQUEUER,
+                order={
+                    "database_url": database.url,
+                    "side": side,
+                    "mode": "paced",
+                    "concurrency": 1,
+                    "payload_bytes": 0,
+                },
+                jobs=sizes.of(self.jobs, at_least=10),
+            )
 
         def greenjobs(database: Database) -> Values:
             Backlog(0).fill(database)
@@ -62,6 +60,27 @@ class Latency:
             return measured(database, "benchmarks.programs.bare", "raw")
 
         return [Side("greenjobs", greenjobs), Side("bare gevent loop", bare, migrated=False)]
+
+
+def latencies(
+    database: Database,
+    runners: Runners,
+    *,
+    enqueuer: str,
+    order: Mapping[str, Any],
+    jobs: int,
+    python: str = sys.executable,
+) -> Values:
+    """Have one program enqueue stamps now and then, and others run them; milliseconds in between."""
+    stamps = _WARM_UP + jobs
+    order = {**order, "jobs": stamps, "pause_ms": _PAUSE_MS}
+    with runners.started(database) as running, started(enqueuer, order, python=python) as (sender,):
+        running.go()
+        sender.go()
+        sender.report()
+        running.wait_until_done(stamps)
+        measured = running.stop().latencies_ms[_WARM_UP:]
+    return {"p50_ms": percentile(measured, 0.50), "p99_ms": percentile(measured, 0.99)}
 
 
 @dataclass(frozen=True, slots=True)

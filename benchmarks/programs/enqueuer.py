@@ -40,7 +40,7 @@ class Greenjobs:
 
 
 class Raw:
-    """Inserts rows, without waking anybody unless they are stamped; the payloads of `several` are encoded beforehand."""
+    """Inserts rows, waking nobody unless they are stamped; the payloads of `several` are encoded beforehand."""
 
     def __init__(self, order: dict[str, Any]) -> None:
         from queue import LifoQueue

@@ -1,4 +1,4 @@
-"""How a measured program talks with the harness: an order comes in, `ready` goes out, `go` and `stop` come, a report goes.
+"""How a measured program talks with the harness: an order comes, `ready` goes, `go` and `stop` come, a report goes.
 
 Lines on stdin and stdout, and the standard library alone: programs of peers run in interpreters without greenjobs. The
 end of stdin counts as `stop`, so that no program outlives the harness.

@@ -1,7 +1,8 @@
 """What the measured process knows about the jobs it ran: how many, since when, at which cost.
 
 The count is shown to the harness through a mapped file, so that the harness sees the last job end without asking the
-process or the database anything while they work. Instants are of CLOCK_MONOTONIC, which all processes of a machine share.
+process or the database anything while they work. Instants are of CLOCK_MONOTONIC, which all processes of a machine
+share.
 """
 
 from __future__ import annotations
