@@ -70,7 +70,7 @@ class Group(Generic[Item]):
 
 
 class Acknowledger:
-    """Writes outcomes for all workers of a runner: finished jobs in one kind of group, failures in another.
+    """Writes outcomes for all workers of a runner: done, failed, or unfinished, which is given back and counts nothing.
 
     `on_settled` is called with the ids of jobs whose outcome the database has, or has refused.
     """
@@ -80,34 +80,47 @@ class Acknowledger:
         self._on_settled = on_settled
         self.done: Group[Fence] = Group(self._write_done)
         self.failed: Group[Failure] = Group(self._write_failed)
+        self.unfinished: Group[Fence] = Group(self._write_unfinished)
 
     def pending_ids(self) -> set[int]:
         """The jobs that are finished, which the database does not know yet."""
-        return {fence.id for fence in self.done.pending} | {failure.fence.id for failure in self.failed.pending}
+        fences = self.done.pending + self.unfinished.pending + [failure.fence for failure in self.failed.pending]
+        return {fence.id for fence in fences}
 
     def wait_empty(self) -> None:
         """Block until every outcome so far is in the database."""
-        self.done.wait_empty()
-        self.failed.wait_empty()
+        for group in (self.done, self.failed, self.unfinished):
+            group.wait_empty()
 
     def stop(self) -> None:
         """End it; see Group.stop."""
-        self.done.stop()
-        self.failed.stop()
+        for group in (self.done, self.failed, self.unfinished):
+            group.stop()
 
     def _write_done(self, done: Sequence[Fence]) -> None:
-        self._settle(self._service.call(storage.acknowledge, done), done)
+        service = self._service
+        failures_before = service.failures
+        held = service.call(storage.acknowledge, service.runner_ids, done)
+        self._settle(held, done, is_sure=service.failures == failures_before)
 
     def _write_failed(self, failures: Sequence[Failure]) -> None:
-        self._settle(self._service.call(storage.fail, failures), [failure.fence for failure in failures])
+        service = self._service
+        failures_before = service.failures
+        held = service.call(storage.fail, service.runner_ids, failures)
+        self._settle(held, [failure.fence for failure in failures], is_sure=service.failures == failures_before)
 
-    def _settle(self, held: set[int], fences: Sequence[Fence]) -> None:
-        if len(held) < len(fences):
+    def _write_unfinished(self, unfinished: Sequence[Fence]) -> None:
+        self._service.call(storage.give_back, self._service.runner_ids, unfinished)
+        self._on_settled({fence.id for fence in unfinished})
+
+    def _settle(self, held: set[int], fences: Sequence[Fence], *, is_sure: bool) -> None:
+        """Report outcomes that were refused. Not `is_sure` when a try before may have been done and not answered."""
+        if len(held) < len(fences) and is_sure:
             for fence in fences:
                 if fence.id not in held:
                     logger.warning(
-                        "job %s is no longer held by runner %s (attempt %s): its outcome changes nothing",
-                        *(fence.id, fence.runner, fence.attempt),
-                        extra={"job_id": fence.id, "attempt": fence.attempt, "runner": fence.runner},
+                        "job %s is no longer held here (claim %s): its outcome changes nothing",
+                        *(fence.id, fence.attempt),
+                        extra={"job_id": fence.id, "claim": fence.attempt},
                     )
-        self._on_settled(held)
+        self._on_settled({fence.id for fence in fences})

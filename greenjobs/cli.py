@@ -26,6 +26,10 @@ from greenjobs.version import __version__
 
 logger = logging.getLogger(__name__)
 
+# What a person can mend ends with click's own status for a wrong command line.
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 3
+
 _LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _QUEUE_FORM = "NAME[:POOL][:poll=SECONDS], such as emails:20 or indexing:5:poll=30"
 
@@ -55,7 +59,20 @@ def main() -> None:
 
 
 @main.command()
-@_settings("app", "database_url", "session_url", "pool", "poll_interval", "max_retries", "default_queue", "log_level")
+@_settings(
+    "app",
+    "database_url",
+    "session_url",
+    "pool",
+    "poll_interval",
+    "read_ahead",
+    "max_retries",
+    "max_crashes",
+    "grace",
+    "on_session_loss",
+    "default_queue",
+    "log_level",
+)
 @click.option(
     "--queue", "queues", multiple=True, metavar=_QUEUE_FORM.split(",")[0], help=f"{_QUEUE_FORM}; again for more."
 )
@@ -83,9 +100,11 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, **argum
             runner.shutdown_when_queue_empty()
         handle = runner.start()
         _banner(url, handle, jobs)
-        _stop_on_signals(handle)
+        _handle_signals(handle)
         handle.wait_for_shutdown()
         logger.info("stopped")
+        if handle.gave_up_jobs:
+            sys.exit(EXIT_INTERRUPTED)
 
 
 @main.command("migrate")
@@ -190,9 +209,11 @@ def _banner(url: str, handle: RunnerHandle, jobs: dict[str, Job[Any, Any]]) -> N
     logger.info("jobs: %s", ", ".join(sorted(jobs)))
 
 
-def _stop_on_signals(handle: RunnerHandle) -> None:
+def _handle_signals(handle: RunnerHandle) -> None:
+    """Handlers only set events, or print; gevent runs them in the event loop, never in the middle of a job."""
     for number in (signal.SIGINT, signal.SIGTERM):
         gevent.signal_handler(number, handle.shutdown)
+    gevent.signal_handler(signal.SIGQUIT, lambda: click.echo(handle.stacks(), err=True))
 
 
 @contextlib.contextmanager
@@ -202,7 +223,7 @@ def _plain_errors() -> Iterator[None]:
         yield
     except GreenjobsError as error:
         click.echo(f"greenjobs: {error}", err=True)
-        sys.exit(2)
+        sys.exit(EXIT_MISTAKE)
     except psycopg2.Error as error:
         click.echo(f"greenjobs: the database says: {str(error).strip()}", err=True)
-        sys.exit(2)
+        sys.exit(EXIT_MISTAKE)

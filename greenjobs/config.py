@@ -99,6 +99,13 @@ def _log_level(value: object) -> str:
     return name
 
 
+def _session_loss(value: object) -> str:
+    text = _text(value)
+    if text not in ("finish", "interrupt"):
+        raise ValueError
+    return text
+
+
 # The scheme is all that is looked at: the rest is for libpq, which knows hosts, options and their versions better.
 _POSTGRES_URL = re.compile(r"(postgres|postgresql)(?:\+psycopg2?)?(://[^\x00-\x1f\x7f]*)", re.IGNORECASE)
 _EMBEDDED_URL = re.compile(r"embedded:(?:|///[^\x00-\x1f\x7f]*|(?!//)[^\x00-\x1f\x7f]+)")
@@ -167,6 +174,21 @@ class Settings:
         10,
         _number(int, "a whole number", 0, 10_000),
         "How often a job that failed is tried again before it is given up.",
+    )
+    max_crashes: int = _option(
+        3,
+        _number(int, "a whole number", 1, 1_000),
+        "How many runners may die while they hold a job before it is given up.",
+    )
+    grace: float = _option(
+        30.0,
+        _number(float, "a number of seconds", 0, 86_400),
+        "Seconds that a runner which is to stop waits for running jobs before it interrupts them.",
+    )
+    on_session_loss: str = _option(
+        "finish",
+        _Kind(_session_loss, '"finish" or "interrupt"'),
+        "What becomes of running jobs when the runner loses its session, and others may take them over.",
     )
     max_payload_bytes: int = _option(
         1024 * 1024,

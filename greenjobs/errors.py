@@ -74,3 +74,11 @@ class JobsFailed(GreenjobsError):
     def __init__(self, message: str, *, count: int) -> None:
         super().__init__(message)
         self.count = count
+
+
+class JobInterrupted(BaseException):
+    """Raised in a running job whose runner cannot wait for it any longer; the job is given back and runs again.
+
+    A job may catch it to tidy up, for a few seconds, and should raise it again: one that returns counts as done.
+    No Exception, so that a job's own `except Exception` does not take it for an error.
+    """

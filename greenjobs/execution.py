@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 
-from greenjobs.errors import PayloadMismatch
+from greenjobs.errors import JobInterrupted, PayloadMismatch
 from greenjobs.job import Attempt, Job, Place, enter_attempt
 from greenjobs.retry import exponential_delay
 from greenjobs.storage import ClaimedJob, Failure, Fence, claim_order
@@ -64,8 +64,9 @@ class Executor:
         self._runner_name = runner_name
         self._done = acknowledger.done.add
         self._failed = acknowledger.failed.add
+        self._unfinished = acknowledger.unfinished.add
         self._on_room = on_room
-        self._ready: deque[tuple[ClaimedJob, int]] = deque()
+        self._ready: deque[ClaimedJob] = deque()
         self._carriers = 0
         self._next_carrier_is_coming = False
 
@@ -79,26 +80,36 @@ class Executor:
         """How many jobs are here: those that run, and those that have not started."""
         return len(self.running) + len(self._ready)
 
-    def add(self, rows: Sequence[ClaimedJob], runner: int) -> None:
-        """Run these jobs, in this order, which were claimed under this runner's id; returns at once."""
-        if rows and self._ready and rows[0].priority > self._ready[-1][0].priority:
-            newcomers = [(row, runner) for row in rows]
-            self._ready = deque(sorted(chain(self._ready, newcomers), key=lambda ready: claim_order(ready[0])))
+    def add(self, rows: Sequence[ClaimedJob]) -> None:
+        """Run these claimed jobs, in this order, higher priorities before what is here already; returns at once."""
+        if rows and self._ready and rows[0].priority > self._ready[-1].priority:
+            self._ready = deque(sorted(chain(self._ready, rows), key=claim_order))
         else:
-            self._ready.extend([(row, runner) for row in rows])
+            self._ready.extend(rows)
         self._send_carrier()
 
-    def take_back(self, *, leave: int = 0) -> list[Fence]:
-        """Take away the jobs that have not started, but the `leave` next ones; they are the caller's to give back."""
-        taken = []
-        while len(self._ready) > leave:
-            row, runner = self._ready.pop()
-            taken.append(Fence(row.id, row.attempt, runner))
+    def take_back(self) -> list[Fence]:
+        """Take away the jobs that have not started; they are the caller's to give back."""
+        taken = [Fence(row.id, row.attempt) for row in self._ready]
+        self._ready.clear()
         return taken
+
+    def interrupt(self, attempt: Attempt, error: BaseException) -> None:
+        """Raise this error in a running job, wherever it waits; returns at once. Again, it is raised again.
+
+        What the job raises then, whatever it is, is taken for this error.
+        """
+        # In the hub, so that no job is hit that the same greenlet runs next, and none is switched away from half-way.
+        gevent.get_hub().loop.run_callback(self._raise_in, attempt, error)
+
+    def _raise_in(self, attempt: Attempt, error: BaseException) -> None:
+        if self.running.get(attempt.row.id) is attempt:
+            attempt.interrupted_by = error
+            attempt.greenlet.throw(error)
 
     def held_rows(self) -> list[ClaimedJob]:
         """The jobs that are here and not finished."""
-        return [attempt.row for attempt in self.running.values()] + [row for row, _ in self._ready]
+        return [attempt.row for attempt in self.running.values()] + list(self._ready)
 
     # --- carriers -----------------------------------------------------------------------------------------------------
 
@@ -124,8 +135,7 @@ class Executor:
             while self._ready:
                 if not self._next_carrier_is_coming:
                     self._send_carrier()
-                row, runner = self._ready.popleft()
-                Context().run(self._execute, row, runner)
+                Context().run(self._execute, self._ready.popleft(), carrier)
                 if _traces(carrier) != fresh:
                     return
                 if time.perf_counter() > slice_ends:
@@ -138,20 +148,19 @@ class Executor:
 
     # --- one attempt --------------------------------------------------------------------------------------------------
 
-    def _execute(self, row: ClaimedJob, runner: int) -> None:
+    def _execute(self, row: ClaimedJob, carrier: gevent.Greenlet[..., None]) -> None:
         job = self._jobs[row.job_type]
-        attempt = Attempt(job, row, runner, self._place)
+        attempt = Attempt(job, row, self._place, carrier)
         enter_attempt(attempt)
         self.running[row.id] = attempt
-        fence = Fence(row.id, row.attempt, runner)
         attempt.started = started = time.perf_counter()
         try:
             args, kwargs = job.codec.decode(row.data)
             job.function(*args, **kwargs)
         except BaseException as error:  # a job may raise anything; SystemExit and GreenletExit are failures, too
-            self._failed(self._failure(attempt, fence, error))
+            self._settle_raised(attempt, error)
         else:
-            self._done(fence)
+            self._done(Fence(row.id, row.attempt))
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("job %s (%s) done", row.id, row.job_type, extra=_log_keys(attempt))
         finally:
@@ -159,6 +168,17 @@ class Executor:
             self.finished += 1
             self.busy_seconds += time.perf_counter() - started
             self._on_room()
+
+    def _settle_raised(self, attempt: Attempt, error: BaseException) -> None:
+        fence = Fence(attempt.row.id, attempt.row.attempt)
+        if isinstance(attempt.interrupted_by, JobInterrupted):
+            # Whatever came out: psycopg2 wraps what is raised while it waits, and tidying up may fail.
+            logger.warning(
+                "job %s (%s) was interrupted and is given back", *(fence.id, attempt.job.name), extra=_log_keys(attempt)
+            )
+            self._unfinished(fence)
+        else:
+            self._failed(self._failure(attempt, fence, error))
 
     def _failure(self, attempt: Attempt, fence: Fence, error: BaseException) -> Failure:
         row, job = attempt.row, attempt.job
@@ -198,7 +218,6 @@ def _log_keys(attempt: Attempt) -> dict[str, Any]:
         "job_type": row.job_type,
         "queue": attempt.place.queue,
         "attempt": attempt.number,
-        "runner": attempt.runner,
         "duration_ms": round((time.perf_counter() - attempt.started) * 1000, 3),
     }
 

@@ -73,13 +73,9 @@ def seconds_until_due(connection: Connection) -> float | None:
         return None if row is None else row[0]
 
 
-# A runner is alive exactly while its session holds the lock (design: the session, not a timer).
-_DEAD_RUNNERS = Statement(
-    "dead_runners",
-    """
-SELECT id
-FROM background_runners
-WHERE NOT EXISTS (
+# A runner is alive exactly while its session holds the lock.
+_HAS_SESSION = """
+EXISTS (
     SELECT
     FROM pg_locks
     WHERE locktype = 'advisory'
@@ -89,6 +85,20 @@ WHERE NOT EXISTS (
         AND objsubid = 2
         AND granted
 )
+"""
+
+# When the server was restarted all sessions ended at once. Their runners live, most likely, and get a few seconds to
+# come back before anybody takes their jobs over.
+_DEAD_RUNNERS = Statement(
+    "dead_runners",
+    f"""
+SELECT id
+FROM background_runners
+WHERE NOT {_HAS_SESSION}
+    AND (
+        started_at > pg_postmaster_start_time()
+        OR pg_postmaster_start_time() < now() - interval '5 seconds'
+    )
 """,
 )
 
@@ -178,17 +188,16 @@ def queue_statuses(connection: Connection) -> list[QueueStatus]:
         return [QueueStatus(*row) for row in cursor.fetchall()]
 
 
-_RUNNERS = """
+_RUNNERS = f"""
 SELECT id, hostname, pid, version, queues, job_types, started_at
 FROM background_runners
-WHERE NOT id = ANY(%(dead)s)
+WHERE {_HAS_SESSION}
 ORDER BY id
 """
 
 
 def live_runners(connection: Connection) -> list[RunnerStatus]:
     """The runners whose session lives, oldest first."""
-    dead = dead_runners(connection)
     with connection.cursor() as cursor:
-        cursor.execute(_RUNNERS, {"dead": dead})
+        cursor.execute(_RUNNERS)
         return [RunnerStatus(*row) for row in cursor.fetchall()]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -316,14 +315,15 @@ class Place:
 class Attempt:
     """One attempt of one job, while it runs. Made by the worker; shown by `current_job`."""
 
-    __slots__ = ("job", "place", "row", "runner", "started")
+    __slots__ = ("greenlet", "interrupted_by", "job", "place", "row", "started")
 
-    def __init__(self, job: Job[Any, Any], row: ClaimedJob, runner: int, place: Place) -> None:
+    def __init__(self, job: Job[Any, Any], row: ClaimedJob, place: Place, greenlet: Any) -> None:
         self.job = job
         self.row = row
-        self.runner = runner
         self.place = place
+        self.greenlet = greenlet
         self.started = 0.0
+        self.interrupted_by: BaseException | None = None
 
     @property
     def number(self) -> int:

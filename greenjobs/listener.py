@@ -25,8 +25,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 10.0
-_FIRST_PAUSE_SECONDS = 0.2
-_LONGEST_PAUSE_SECONDS = 10.0
+
+# The first try comes at once: until it succeeds, others may take over what runs here. Further ones spare the server.
+_IMMEDIATE_SECONDS = 0.05
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+
+# The server notices a lost runner as the runner notices a lost server, and never ends the session for being quiet.
+_SESSION = {
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "20000",
+    "idle_session_timeout": "0",
+}
 
 _LISTEN = f"LISTEN {storage.CHANNEL}"
 
@@ -60,6 +72,12 @@ class Listener:
         self._open()
         self._greenlet = gevent.spawn(self._stay_open)
 
+    def restart(self) -> None:
+        """Give the session up for another; returns at once."""
+        if self._greenlet is not None:
+            self._greenlet.kill(block=False)
+            self._greenlet = gevent.spawn(self._start_over)
+
     def stop(self) -> None:
         """Close the session; the runner counts as dead from here on."""
         if self._greenlet is not None:
@@ -68,7 +86,12 @@ class Listener:
             self._connection.close()
 
     def _open(self) -> None:
-        connection = connect(self._database_url, application_name="greenjobs session", timeout_seconds=_CONNECT_SECONDS)
+        connection = connect(
+            self._database_url,
+            application_name="greenjobs session",
+            timeout_seconds=_CONNECT_SECONDS,
+            session=_SESSION,
+        )
         try:
             with connection.cursor() as cursor:
                 cursor.execute(_LISTEN)
@@ -79,18 +102,26 @@ class Listener:
         self._connection = connection
         self._owner.session_began(self._runner)
 
+    def _start_over(self) -> None:
+        self._note_loss("its server takes no writes any more")
+        self._reopen()
+        self._stay_open()
+
     def _stay_open(self) -> None:
         while True:
             try:
                 self._listen()
             except (psycopg2.Error, OSError) as error:
-                self._owner.session_ended()
-                logger.warning(
-                    "runner %s lost its session (%s); claiming nothing until it has another",
-                    *(self._runner, str(error).strip()),
-                    extra={"runner": self._runner},
-                )
+                self._note_loss(str(error).strip())
             self._reopen()
+
+    def _note_loss(self, why: str) -> None:
+        self._owner.session_ended()
+        logger.warning(
+            "runner %s lost its session (%s); claiming nothing until it has another",
+            *(self._runner, why),
+            extra={"runner": self._runner},
+        )
 
     def _listen(self) -> None:
         connection = self._connection
@@ -111,13 +142,13 @@ class Listener:
             self._owner.notified(queue)
 
     def _reopen(self) -> None:
-        pause = _FIRST_PAUSE_SECONDS
+        pause = _IMMEDIATE_SECONDS
         if self._connection is not None:
             self._connection.close()
             self._connection = None
         while True:
             gevent.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+            pause = min(max(pause * 2, _FIRST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
             try:
                 self._open()
             except (psycopg2.Error, DatabaseUnavailable) as error:

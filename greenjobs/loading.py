@@ -1,8 +1,8 @@
 """How the application is found whose jobs are to be run: as Flask finds it.
 
 `package.module`, `package.module:name`, or `package.module:factory()`; without any, GREENJOBS_APP, then FLASK_APP, then
-app.py or wsgi.py in the working directory. Importing the module declares the jobs; an object is looked up, and a factory
-called, because applications may declare their jobs no earlier than that.
+app.py or wsgi.py in the working directory. Importing the module declares the jobs; an object is looked up, and a
+factory called, because applications may declare their jobs no earlier than that.
 """
 
 from __future__ import annotations

@@ -35,8 +35,6 @@ _AUDIT_AGE_SECONDS = 10.0
 # Entries of ended runners are kept for a day, for claims of theirs that arrived late and for people who ask.
 _REMEMBER_RUNNERS_SECONDS = 24 * 60 * 60.0
 
-MOST_CRASHES = 3
-
 
 class Fellow(Protocol):
     """What maintenance needs of its runner."""
@@ -45,6 +43,7 @@ class Fellow(Protocol):
     workers: Mapping[str, Worker]
     home_queues: Mapping[str, str]
     job_types: Sequence[str]
+    max_crashes: int
 
     def held_ids(self) -> set[int]:
         """The jobs that were claimed here, the outcome of which is not in the database yet."""
@@ -144,7 +143,7 @@ class Maintenance:
         dead = self._service.call(inspection.dead_runners)
         if not dead:
             return
-        rescued = self._service.call(storage.rescue, dead, most_crashes=MOST_CRASHES)
+        rescued = self._service.call(storage.rescue, dead, most_crashes=self._fellow.max_crashes)
         for job in rescued:
             level, outcome = (logging.ERROR, "failed") if job.has_failed else (logging.WARNING, "available again")
             logger.log(
@@ -166,9 +165,9 @@ class Maintenance:
             return
         held = self._service.call(inspection.held_jobs, runner, age_seconds=_AUDIT_AGE_SECONDS)
         known = self._fellow.held_ids()
-        unknown = [storage.Fence(id, attempt, runner) for id, attempt in held if id not in known]
+        unknown = [storage.Fence(id, attempt) for id, attempt in held if id not in known]
         if unknown:
-            given_back = self._service.call(storage.give_back, unknown)
+            given_back = self._service.call(storage.give_back, [runner], unknown)
             if given_back:
                 logger.warning("gave back jobs %s, whose claim was never answered", sorted(given_back))
 

@@ -10,6 +10,8 @@ import contextlib
 import logging
 import os
 import socket
+import time
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from gevent.lock import BoundedSemaphore
 
 from greenjobs import config, green, inspection, migrate, pool, storage
 from greenjobs.acknowledger import Acknowledger
-from greenjobs.errors import ConfigError, DatabaseUnavailable, JobsFailed, NotPatched
+from greenjobs.errors import ConfigError, DatabaseUnavailable, JobInterrupted, JobsFailed, NotPatched
 from greenjobs.job import Job, Place, check_queue_name
 from greenjobs.listener import Listener
 from greenjobs.maintenance import Maintenance
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
 logger = logging.getLogger(__name__)
+
+# How long interrupted jobs have to tidy up, and how long outcomes may take to be written at the end.
+_TIDY_SECONDS = 5.0
+_FLUSH_SECONDS = 10.0
 
 # A runner that is to stop when its queues are empty asks itself this often.
 _EMPTY_LOOK_SECONDS = 0.05
@@ -77,7 +83,7 @@ class Runner:
         return self
 
     def shutdown_when_queue_empty(self) -> Runner:
-        """Stop by itself when nothing waits that could run now. Jobs for later, retries included, are not waited for."""
+        """Stop by itself when nothing waits that could run now; jobs for later, and retries, are not waited for."""
         self._stops_when_empty = True
         return self
 
@@ -121,11 +127,17 @@ class RunnerHandle:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.runner_id: int | None = None
         self._suspect: int | None = None
-        self._service = Service(runner.database_url)
+        self.max_crashes = runner.settings.max_crashes
+        self.gave_up_jobs = False
+        """Whether jobs had to be interrupted when the runner ended."""
+        self._settings = runner.settings
+        self._service = Service(runner.database_url, on_standby=self._leave_standby)
         self._acknowledger = Acknowledger(self._service, on_settled=self._settled)
         self._maintenance = Maintenance(self, self._service)
         self._listener = Listener(runner.database_url, self._register, self)
         self._shutdown_asked = Event()
+        self._hurry = Event()
+        self._urgency = 0
         self._has_ended = Event()
         self._suspects = BoundedSemaphore()
         self._error: BaseException | None = None
@@ -145,8 +157,14 @@ class RunnerHandle:
         }
 
     def shutdown(self) -> None:
-        """Begin to stop: claim nothing more, give back what has not started, let finish what runs. Returns at once."""
+        """Begin to stop: claim nothing more, give back what has not started, let finish what runs. Returns at once.
+
+        What still runs after `grace` seconds is interrupted and given back, which counts as no attempt. A second call
+        interrupts at once; a third does not wait for jobs to tidy up either.
+        """
+        self._urgency += 1
         self._shutdown_asked.set()
+        self._hurry.set()
 
     def wait_for_shutdown(self, timeout: float | None = None) -> bool:
         """Block until the runner has ended, `timeout` seconds at most; whether it has. Raises what ended it early."""
@@ -159,11 +177,22 @@ class RunnerHandle:
         """How many jobs run at this moment."""
         return sum(len(worker.running) for worker in self.workers.values())
 
+    def stacks(self) -> str:
+        """Where every job of this runner stands at this moment, as text for people."""
+        attempts = [attempt for worker in self.workers.values() for attempt in worker.running.values()]
+        parts = [f"{self.name} runs {len(attempts)} jobs"]
+        for attempt in attempts:
+            seconds = time.perf_counter() - attempt.started
+            frames = traceback.format_stack(attempt.greenlet.gr_frame)
+            parts.append(f"job {attempt.row.id} ({attempt.job.name}), for {seconds:.1f} s\n{''.join(frames).rstrip()}")
+        return "\n\n".join(parts)
+
     # --- what the listener says ---------------------------------------------------------------------------------------
 
     def session_began(self, runner: int) -> None:
         """Claim under this id from now on."""
         self.runner_id = runner
+        self._service.runner_ids.append(runner)
         for worker in self.workers.values():
             worker.claim_as(runner)
 
@@ -172,6 +201,8 @@ class RunnerHandle:
         self.runner_id = None
         for worker in self.workers.values():
             worker.claim_as(None)
+        if self._settings.on_session_loss == "interrupt":
+            self._interrupt("its runner lost the session that keeps others away from it")
 
     def notified(self, queue: str | None) -> None:
         """Pass a wake-up on."""
@@ -216,7 +247,11 @@ class RunnerHandle:
             version=__version__,
             queues=self.queues,
             job_types=self.job_types,
+            former=self._service.runner_ids,
         )
+
+    def _leave_standby(self) -> None:
+        self._listener.restart()
 
     def _run(self, stops_when_empty: bool) -> None:
         try:
@@ -247,15 +282,47 @@ class RunnerHandle:
 
     def _drain(self) -> None:
         logger.info("%s claims no more; %s jobs are still running", self.name, self.running_jobs())
-        gevent.joinall([gevent.spawn(worker.stop_claiming) for worker in self.workers.values()])
+        claims_end = [gevent.spawn(worker.stop_claiming) for worker in self.workers.values()]
+        jobs_end = gevent.spawn(self._wait_for_jobs)
+        if not self._wait(jobs_end, self._settings.grace, until_urgency=2):
+            self._interrupt("the runner is to stop")
+            if not self._wait(jobs_end, _TIDY_SECONDS, until_urgency=3):
+                logger.warning("%s jobs did not end when they were interrupted", self.running_jobs())
+            self.gave_up_jobs = True
+        outcomes_written = gevent.spawn(self._acknowledger.wait_empty)
+        if not self._wait(outcomes_written, _FLUSH_SECONDS, until_urgency=3):
+            pending = len(self._acknowledger.pending_ids())
+            logger.error("the database does not answer: the outcomes of %s jobs are lost, they will run again", pending)
+        gevent.killall([*claims_end, jobs_end, outcomes_written])
+        self._maintenance.stop()
+        self._leave()
+
+    def _wait(self, greenlet: gevent.Greenlet[..., None], seconds: float, *, until_urgency: int) -> bool:
+        """Wait for a greenlet to end, unless time or patience run out first; whether it has ended."""
+        deadline = time.monotonic() + seconds
+        while not greenlet.ready() and self._urgency < until_urgency:
+            self._hurry.clear()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            awaited: list[Any] = [greenlet, self._hurry]
+            gevent.wait(awaited, timeout=left, count=1)
+        return bool(greenlet.ready())
+
+    def _wait_for_jobs(self) -> None:
         for worker in self.workers.values():
             worker.wait_until_done()
-        self._acknowledger.wait_empty()
-        self._maintenance.stop()
-        if self.runner_id is not None:
-            # The lock goes with the session. Ended in good order, nobody is blamed for what should turn up later.
-            with contextlib.suppress(psycopg2.Error, DatabaseUnavailable):
-                self._service.once(storage.end_runner, self.runner_id)
+
+    def _interrupt(self, why: str) -> None:
+        for worker in self.workers.values():
+            worker.interrupt_all(lambda: JobInterrupted(why))
+
+    def _leave(self) -> None:
+        """Give back what is still held in the database's eyes, and end in good order: nobody is blamed for anything."""
+        with contextlib.suppress(psycopg2.Error, DatabaseUnavailable):
+            queues = self._service.once(storage.end_runners, self._service.runner_ids)
+            if queues:
+                self._service.once(storage.wake, queues)
 
     def _close(self) -> None:
         self._maintenance.stop()

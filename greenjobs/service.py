@@ -35,8 +35,8 @@ _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 10.0
 _CONNECT_SECONDS = 10.0
 
-# Every statement here has one right plan, through an index and in its order. It is made once, perhaps when the table was
-# still empty or its statistics old, so the planner is kept from all others.
+# Every statement here has one right plan, through an index and in its order. It is made once, perhaps when the table
+# was still empty or its statistics old, so the planner is kept from all others.
 _SESSION = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
@@ -52,9 +52,13 @@ _PASSING = (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.Interna
 
 
 class Service:
-    """Runs statements on the runner's connections, again and again until they succeed."""
+    """Runs statements on the runner's connections, again and again until they succeed.
 
-    def __init__(self, database_url: str) -> None:
+    `on_standby` is called when the server turns out to be one that takes no writes.
+    """
+
+    def __init__(self, database_url: str, *, on_standby: Callable[[], None]) -> None:
+        self._on_standby = on_standby
         self.pool = ConnectionPool(
             database_url,
             size=SERVICE_CONNECTIONS,
@@ -62,6 +66,10 @@ class Service:
             application_name="greenjobs runner",
             session=_SESSION,
         )
+        self.runner_ids: list[int] = []
+        """The ids under which this process has registered, the newest last."""
+        self.failures = 0
+        """How many tries have failed so far; only grows."""
         self._is_failing = False
 
     def call(self, statement: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -86,6 +94,7 @@ class Service:
             except errors.ReadOnlySqlTransaction:
                 # The server has become a standby: connections opened from now on go to the new primary.
                 self.pool.close()
+                self._on_standby()
                 raise
 
     def close(self) -> None:
@@ -93,6 +102,7 @@ class Service:
         self.pool.close()
 
     def _note_failure(self, doing: str, error: Exception) -> None:
+        self.failures += 1
         if not self._is_failing:
             self._is_failing = True
             self._failing_since = time.monotonic()

@@ -78,11 +78,10 @@ class ClaimCursor(NamedTuple):
 
 
 class Fence(NamedTuple):
-    """The claim that a change speaks for."""
+    """The claim that a change speaks for. Together with the ids of its runner it fits one claim ever."""
 
     id: int
     attempt: int
-    runner: int
 
 
 class Failure(NamedTuple):
@@ -232,8 +231,8 @@ PROMOTER_SECONDS = 1.0
 def enqueue(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
     """Insert the jobs, in order, and wake who waits for them.
 
-    On an autocommit connection this is all or nothing, and committed; else committing is the caller's to do. A job whose
-    unique key an unstarted job has already is not inserted; the other's id stands in its place.
+    On an autocommit connection this is all or nothing, and committed; else committing is the caller's to do. A job
+    whose unique key an unstarted job has already is not inserted; the other's id stands in its place.
     """
     if not connection.autocommit or connection.get_transaction_status() != TRANSACTION_STATUS_IDLE:
         return [row for jobs in batches for row in _enqueue(connection, jobs, in_transaction=True)]
@@ -407,11 +406,12 @@ def claim_order(job: ClaimedJob) -> ClaimCursor:
 
 # --- acknowledge ------------------------------------------------------------------------------------------------------
 
+# A process that lost its session and registered again has several ids; what it claimed under any of them is its own.
 _FENCED = """
-unnest(%(ids)s::bigint[], %(attempts)s::int[], %(runners)s::int[]) AS fence (id, attempt, runner)
+unnest(%(ids)s::bigint[], %(attempts)s::int[]) AS fence (id, attempt)
 WHERE job.id = fence.id
     AND job.attempt = fence.attempt
-    AND job.claimed_by = fence.runner
+    AND job.claimed_by = ANY(%(runners)s::int[])
 """
 
 _FENCE_TYPES = {"ids": "bigint[]", "attempts": "int[]", "runners": "int[]"}
@@ -427,10 +427,13 @@ RETURNING job.id
 )
 
 
-def acknowledge(connection: Connection, done: Sequence[Fence]) -> set[int]:
-    """Delete finished jobs; returns the ids of those that were still held. The others are left as they are."""
+def acknowledge(connection: Connection, runners: Sequence[int], done: Sequence[Fence]) -> set[int]:
+    """Delete finished jobs of a process that registered as these runners; returns the ids of those still held.
+
+    The others are left as they are.
+    """
     with connection.cursor() as cursor:
-        _ACKNOWLEDGE.run(cursor, _fences(done))
+        _ACKNOWLEDGE.run(cursor, _fences(runners, done))
         return {row[0] for row in cursor.fetchall()}
 
 
@@ -447,27 +450,28 @@ SET
         SELECT jsonb_agg(kept.error ORDER BY kept.place)
         FROM (
             SELECT error, place
-            FROM jsonb_array_elements(coalesce(job.errors, '[]') || failure.error) WITH ORDINALITY AS every (error, place)
+            FROM jsonb_array_elements(coalesce(job.errors, '[]') || failure.error)
+                WITH ORDINALITY AS every (error, place)
             ORDER BY place DESC
             LIMIT %(kept)s
         ) AS kept
     )
 FROM jsonb_to_recordset(%(failures)s::jsonb)
-    AS failure (id bigint, attempt int, runner int, retry_in float8, error jsonb)
+    AS failure (id bigint, attempt int, retry_in float8, error jsonb)
 WHERE job.id = failure.id
     AND job.attempt = failure.attempt
-    AND job.claimed_by = failure.runner
+    AND job.claimed_by = ANY(%(runners)s::int[])
 RETURNING job.id
 """
 
 
-def fail(connection: Connection, failures: Sequence[Failure]) -> set[int]:
+def fail(connection: Connection, runners: Sequence[int], failures: Sequence[Failure]) -> set[int]:
     """Write down failed attempts: each job waits for its next, or stays as failed. Returns the ids still held."""
     document = orjson.dumps(
         [{**failure.fence._asdict(), "retry_in": failure.retry_in, "error": failure.error} for failure in failures]
     ).decode()
     held = [failure.fence.id for failure in failures]
-    return _to_waiting(connection, held, _FAIL, {"failures": document, "kept": KEPT_ERRORS})
+    return _to_waiting(connection, held, _FAIL, {"failures": document, "runners": list(runners), "kept": KEPT_ERRORS})
 
 
 _GIVE_BACK = f"""
@@ -481,10 +485,10 @@ RETURNING job.id
 """
 
 
-def give_back(connection: Connection, unstarted: Sequence[Fence]) -> set[int]:
+def give_back(connection: Connection, runners: Sequence[int], unfinished: Sequence[Fence]) -> set[int]:
     """Make claimed jobs available again without counting anything; returns the ids still held."""
-    held = [fence.id for fence in unstarted]
-    return _to_waiting(connection, held, _GIVE_BACK, _fences(unstarted))
+    held = [fence.id for fence in unfinished]
+    return _to_waiting(connection, held, _GIVE_BACK, _fences(runners, unfinished))
 
 
 _DROP_CONTESTED_KEYS = """
@@ -519,8 +523,8 @@ def _to_waiting(connection: Connection, ids: Sequence[int], statement: str, para
     raise AssertionError("unreachable")
 
 
-def _fences(fences: Sequence[Fence]) -> dict[str, Any]:
-    ids, attempts, runners = zip(*fences, strict=True)
+def _fences(runners: Sequence[int], fences: Sequence[Fence]) -> dict[str, Any]:
+    ids, attempts = zip(*fences, strict=True)
     return {"ids": _int_array(ids), "attempts": _int_array(attempts), "runners": _int_array(runners)}
 
 
@@ -691,6 +695,22 @@ SELECT pg_advisory_lock('background_runners'::regclass::oid::int, %(runner)s)
 """
 
 
+# What it claimed under its former ids, and nobody took over since, goes on under the new one.
+_ADOPT = """
+UPDATE background_jobs
+SET claimed_by = %(runner)s
+WHERE state = 'running'
+    AND claimed_by = ANY(%(former)s)
+"""
+
+_END_FORMER = """
+UPDATE background_runners
+SET ended_at = now()
+WHERE id = ANY(%(former)s)
+    AND ended_at IS NULL
+"""
+
+
 def register_runner(
     connection: Connection,
     *,
@@ -699,10 +719,12 @@ def register_runner(
     version: str,
     queues: Mapping[str, Mapping[str, float]],
     job_types: Sequence[str],
+    former: Sequence[int] = (),
 ) -> int:
     """Register a runner whose life is that of this connection's session; returns its id.
 
-    The row is committed when the session holds its lock, so nobody ever sees the one without the other.
+    The row is committed when the session holds its lock, so nobody ever sees the one without the other. A process that
+    lost its session gives its `former` ids, and keeps the jobs that were not taken from it meanwhile.
     """
     with atomic(connection), connection.cursor() as cursor:
         cursor.execute(
@@ -717,24 +739,39 @@ def register_runner(
         )
         (runner,) = cursor.fetchone() or (0,)
         cursor.execute(_HOLD_SESSION, {"runner": runner})
+        if former:
+            cursor.execute(_ADOPT, {"runner": runner, "former": list(former)})
+            cursor.execute(_END_FORMER, {"former": list(former)})
     return int(runner)
 
 
-_END_RUNNER = """
+_HELD_FENCES = """
+SELECT id, attempt, queue
+FROM background_jobs
+WHERE state = 'running'
+    AND claimed_by = ANY(%(runners)s)
+"""
+
+_END_RUNNERS = """
 WITH silenced AS (
     DELETE FROM background_waiting
-    WHERE runner = %(runner)s
+    WHERE runner = ANY(%(runners)s)
 )
 UPDATE background_runners
 SET ended_at = now()
-WHERE id = %(runner)s
+WHERE id = ANY(%(runners)s)
 """
 
 
-def end_runner(connection: Connection, runner: int) -> None:
-    """Note that a runner has ended in good order, holding nothing."""
+def end_runners(connection: Connection, runners: Sequence[int]) -> list[str]:
+    """Note that a process ends in good order, and give back whatever it still holds; returns the queues of that."""
     with connection.cursor() as cursor:
-        cursor.execute(_END_RUNNER, {"runner": runner})
+        cursor.execute(_HELD_FENCES, {"runners": list(runners)})
+        rows = cursor.fetchall()
+        if rows:
+            give_back(connection, runners, [Fence(id, attempt) for id, attempt, _ in rows])
+        cursor.execute(_END_RUNNERS, {"runners": list(runners)})
+    return sorted({queue for _, _, queue in rows})
 
 
 _FORGET_RUNNERS = """

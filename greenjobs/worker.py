@@ -1,13 +1,13 @@
 """One queue in one runner: how much is claimed, and when.
 
 Claiming overlaps execution: while jobs run, the next are claimed. How many are claimed ahead follows the rate at which
-jobs finish: about 50 ms of work, none where jobs are slow. What was claimed ahead and does not get to run is given back.
+jobs finish: about 50 ms of work, none where jobs are slow. What was claimed ahead and cannot run soon is given back.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gevent
@@ -65,6 +65,7 @@ class Worker:
         self._most_ahead = read_ahead
         self._job_types = sorted(jobs)
         self._service = service
+        self._acknowledger = acknowledger
         self._runner: int | None = None
         self._executor = Executor(
             pool=pool,
@@ -97,7 +98,7 @@ class Worker:
         """Claim under this id from now on; with None, claim nothing, and give back what has not started."""
         self._runner = runner
         if runner is None:
-            gevent.spawn(self._give_back)
+            self._give_back(self._executor.take_back())
         self._woken.set()
         self._room_made.set()
 
@@ -107,7 +108,7 @@ class Worker:
         self._woken.set()
 
     def stop_claiming(self) -> None:
-        """Claim no more, and give back what was claimed and has not started; blocks until both are so."""
+        """Claim no more, and hand over what was claimed and has not started to be given back; blocks until it is so."""
         self._is_stopping = True
         self._woken.set()
         self._room_made.set()
@@ -115,7 +116,7 @@ class Worker:
             self._claiming.join()
         if self._watching is not None:
             self._watching.kill()
-        self._give_back()
+        self._give_back(self._executor.take_back())
 
     def wait_until_done(self) -> None:
         """Block until no job is here any more."""
@@ -141,6 +142,11 @@ class Worker:
     def held_rows(self) -> list[ClaimedJob]:
         """The jobs that were claimed here and are not finished."""
         return self._executor.held_rows()
+
+    def interrupt_all(self, error: Callable[[], BaseException]) -> None:
+        """Raise an error in every running job; returns at once."""
+        for attempt in list(self._executor.running.values()):
+            self._executor.interrupt(attempt, error())
 
     def claim_suspect(self) -> int | None:
         """Take one job whose runner died, if one waits here and there is room for it; returns its id."""
@@ -215,7 +221,10 @@ class Worker:
                 suspects=suspects,
                 after=after,
             )
-            self._executor.add(rows, runner)
+            if self._runner == runner:
+                self._executor.add(rows)
+            else:  # the session was lost meanwhile, and with it the right to start them
+                self._give_back([storage.Fence(row.id, row.attempt) for row in rows])
         finally:
             self._claims_under_way -= 1
         if rows and not suspects:
@@ -232,12 +241,10 @@ class Worker:
 
     # --- give back ----------------------------------------------------------------------------------------------------
 
-    def _give_back(self) -> None:
-        unstarted = self._executor.take_back()
-        if unstarted:
-            self._service.call(storage.give_back, unstarted)
-        if not self._executor.held:
-            self._emptied.set()
+    def _give_back(self, unstarted: Sequence[storage.Fence]) -> None:
+        for fence in unstarted:
+            self._acknowledger.unfinished.add(fence)
+        self._note_room()
 
     def _give_back_stale(self) -> None:
         """Give back what was claimed ahead when jobs turn slow, so that others can have it."""
@@ -251,7 +258,7 @@ class Worker:
                 continue
             if executor.finished == finished and len(executor.running) >= self.pool:
                 self._pace.reset()
-                self._give_back()
+                self._give_back(executor.take_back())
             else:
                 self._holds_ready.set()
 
