@@ -63,6 +63,7 @@ def main() -> None:
     "app",
     "database_url",
     "session_url",
+    "session",
     "pool",
     "poll_interval",
     "read_ahead",
@@ -92,7 +93,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, **argum
         if not jobs:
             raise ConfigError(f"{settings.app or application!r} declares no jobs; name the module that does with --app")
         if migrate_first:
-            _migrate(url)
+            _migrate(settings.session_url or url)
         runner = Runner(url, context=application).register(*jobs.values())
         for queue, options in (_parse_queue(text) for text in queues):
             runner.configure_queue(queue, **options)
@@ -108,7 +109,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, **argum
 
 
 @main.command("migrate")
-@_settings("database_url")
+@_settings("database_url", "session_url")
 @click.option("--check", is_flag=True, help="Change nothing; exit with 1 when something would be.")
 @click.option("--sql", is_flag=True, help="Print the SQL of all migrations, for those who migrate in another way.")
 def migrate_command(check: bool, sql: bool, **arguments: str | None) -> None:
@@ -117,7 +118,8 @@ def migrate_command(check: bool, sql: bool, **arguments: str | None) -> None:
         if sql:
             click.echo(migrate.as_sql(), nl=False)
             return
-        url = _configure(arguments).require_database_url()
+        settings = _configure(arguments)
+        url = settings.session_url or settings.require_database_url()
         if check:
             missing = migrate.pending(url)
             for migration in missing:
@@ -205,6 +207,8 @@ def _banner(url: str, handle: RunnerHandle, jobs: dict[str, Job[Any, Any]]) -> N
     queues = ", ".join(f"{worker.queue} ({worker.pool} at a time)" for worker in handle.workers.values())
     logger.info("greenjobs %s, Python %s, %s", __version__, platform.python_version(), handle.name)
     logger.info("database: %s%s", config.redact(url), " (for development)" if is_embedded_url(url) else "")
+    if handle.session == "lease":
+        logger.info("session: by lease and polling, for a pooler is in between; session_url can name a direct way")
     logger.info("queues: %s", queues)
     logger.info("jobs: %s", ", ".join(sorted(jobs)))
 

@@ -99,11 +99,14 @@ def _log_level(value: object) -> str:
     return name
 
 
-def _session_loss(value: object) -> str:
-    text = _text(value)
-    if text not in ("finish", "interrupt"):
-        raise ValueError
-    return text
+def _one_of(*words: str) -> _Kind[str]:
+    def parse(value: object) -> str:
+        text = _text(value)
+        if text not in words:
+            raise ValueError
+        return text
+
+    return _Kind(parse, " or ".join(f'"{word}"' for word in words))
 
 
 # The scheme is all that is looked at: the rest is for libpq, which knows hosts, options and their versions better.
@@ -152,6 +155,11 @@ class Settings:
         "A direct way to the same database, for LISTEN and locks, where database_url leads through a pooler "
         "that shares sessions between transactions.",
     )
+    session: str = _option(
+        "auto",
+        _one_of("auto", "lock", "lease"),
+        "How a runner proves that it lives: by a lock of its session, or, where a pooler allows none, by a lease.",
+    )
     app: str | None = _option(
         None,
         _Kind(_text, 'a module, or an object in one: "myapp.jobs", "myapp:app", "myapp:create_app()"'),
@@ -187,7 +195,7 @@ class Settings:
     )
     on_session_loss: str = _option(
         "finish",
-        _Kind(_session_loss, '"finish" or "interrupt"'),
+        _one_of("finish", "interrupt"),
         "What becomes of running jobs when the runner loses its session, and others may take them over.",
     )
     max_payload_bytes: int = _option(

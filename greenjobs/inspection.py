@@ -73,18 +73,21 @@ def seconds_until_due(connection: Connection) -> float | None:
         return None if row is None else row[0]
 
 
-# A runner is alive exactly while its session holds the lock.
-_HAS_SESSION = """
-EXISTS (
-    SELECT
-    FROM pg_locks
-    WHERE locktype = 'advisory'
-        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-        AND classid = 'background_runners'::regclass
-        AND objid = background_runners.id
-        AND objsubid = 2
-        AND granted
-)
+# A runner is alive exactly while its session holds the lock, or while its lease lasts, where it has one instead.
+_LIVES = """
+CASE
+    WHEN leased_until IS NOT NULL THEN leased_until > now()
+    ELSE EXISTS (
+        SELECT
+        FROM pg_locks
+        WHERE locktype = 'advisory'
+            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            AND classid = 'background_runners'::regclass
+            AND objid = background_runners.id
+            AND objsubid = 2
+            AND granted
+    )
+END
 """
 
 # When the server was restarted all sessions ended at once. Their runners live, most likely, and get a few seconds to
@@ -94,7 +97,7 @@ _DEAD_RUNNERS = Statement(
     f"""
 SELECT id
 FROM background_runners
-WHERE NOT {_HAS_SESSION}
+WHERE NOT {_LIVES}
     AND (
         started_at > pg_postmaster_start_time()
         OR pg_postmaster_start_time() < now() - interval '5 seconds'
@@ -104,7 +107,7 @@ WHERE NOT {_HAS_SESSION}
 
 
 def dead_runners(connection: Connection) -> list[int]:
-    """The ids in the register whose session is gone; those that ended in good order, some time ago, among them."""
+    """The ids in the register of those that live no more; those that ended in good order, some time ago, among them."""
     with connection.cursor() as cursor:
         _DEAD_RUNNERS.run(cursor)
         return [row[0] for row in cursor.fetchall()]
@@ -191,13 +194,14 @@ def queue_statuses(connection: Connection) -> list[QueueStatus]:
 _RUNNERS = f"""
 SELECT id, hostname, pid, version, queues, job_types, started_at
 FROM background_runners
-WHERE {_HAS_SESSION}
+WHERE {_LIVES}
+    AND ended_at IS NULL
 ORDER BY id
 """
 
 
 def live_runners(connection: Connection) -> list[RunnerStatus]:
-    """The runners whose session lives, oldest first."""
+    """The runners that live, oldest first."""
     with connection.cursor() as cursor:
         cursor.execute(_RUNNERS)
         return [RunnerStatus(*row) for row in cursor.fetchall()]

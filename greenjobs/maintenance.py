@@ -7,6 +7,8 @@ All of it is done by every runner, in statements that any number of them may run
 from __future__ import annotations
 
 import logging
+import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -171,6 +173,11 @@ class Maintenance:
             if given_back:
                 logger.warning("gave back jobs %s, whose claim was never answered", sorted(given_back))
 
+    def _note_memory(self) -> None:
+        runner = self._fellow.runner_id
+        if runner is not None:
+            self._service.call(storage.note_memory, runner, resident_memory())
+
     def _care_for_ever(self) -> None:
         while True:
             self.route()
@@ -178,6 +185,7 @@ class Maintenance:
             if time.monotonic() - self._audited_at > _AUDIT_SECONDS:
                 self._audited_at = time.monotonic()
                 self.audit()
+                self._note_memory()
                 self._service.call(storage.forget_runners, age_seconds=_REMEMBER_RUNNERS_SECONDS)
             gevent.sleep(_CARE_SECONDS)
 
@@ -189,3 +197,13 @@ class Maintenance:
             if queue in self._fellow.workers:
                 self._fellow.workers[queue].wake()
         self._service.call(storage.wake, queues)
+
+
+def resident_memory() -> int:
+    """The memory that this process holds, in bytes; where /proc is missing, the most that it ever held."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

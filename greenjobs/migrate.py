@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 from psycopg2 import errors
 
-from greenjobs import pool
+from greenjobs import config, pool
 from greenjobs.errors import SchemaError
+from greenjobs.statement import PlanningConnection
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -105,6 +106,11 @@ def migrate(database_url: str) -> list[str]:
     migrations = load()
     ran = []
     with _connected(database_url) as connection, connection.cursor() as cursor:
+        if connection.is_pooled:
+            raise SchemaError(
+                f"{config.redact(database_url)} leads through a pooler, where the lock that keeps two migrations apart "
+                f"cannot be held; name the direct way with --session-url or GREENJOBS_SESSION_URL"
+            )
         _take_lock(cursor)
         cursor.execute(_CREATE_REGISTER)
         for migration in _missing(cursor, migrations):
@@ -158,7 +164,7 @@ def _files() -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _connected(database_url: str) -> Iterator[Connection]:
+def _connected(database_url: str) -> Iterator[PlanningConnection]:
     connection = pool.connect(database_url, application_name="greenjobs migrate", timeout_seconds=_CONNECT_SECONDS)
     try:
         yield connection

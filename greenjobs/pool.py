@@ -193,9 +193,10 @@ def raw_connection(given: Any) -> Connection:
 
 def connect(
     database_url: str, *, application_name: str, timeout_seconds: float, session: Mapping[str, str] | None = None
-) -> Connection:
-    """Open an autocommit connection, with these server settings; starts the embedded server where the URL names one.
+) -> PlanningConnection:
+    """Open an autocommit connection; starts the embedded server where the URL names one.
 
+    The `session` settings are made in the server's session, unless a pooler is in between, which shares it with others.
     Raises DatabaseUnavailable when the server refuses, does not answer within `timeout_seconds`, or is too old.
     """
     dsn = _libpq_dsn(database_url, application_name, timeout_seconds)
@@ -212,8 +213,11 @@ def connect(
             f"greenjobs needs {MINIMUM_SERVER_VERSION // 10000} or later"
         )
     connection.autocommit = True
-    if session:
-        with connection.cursor() as cursor:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        # A pooler gives its clients keys of its own, by which it finds out whom they want to cancel.
+        connection.is_pooled = cursor.fetchone() != (connection.info.backend_pid,)
+        if session and not connection.is_pooled:
             cursor.execute(_SET, {"settings": json.dumps(session)})
     return connection
 
@@ -295,6 +299,10 @@ def shared_pool(settings: config.Settings, database_url: str | None = None) -> C
             size=settings.enqueue_connections,
             wait_seconds=settings.enqueue_timeout,
             application_name="greenjobs",
+            session={
+                "plan_cache_mode": "force_generic_plan",
+                "statement_timeout": str(int(settings.enqueue_timeout * 1000)),
+            },
         )
         # Of two that race here, both use the one that was stored first.
         pool = _shared_pools.setdefault(url, pool)

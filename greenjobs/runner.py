@@ -24,6 +24,7 @@ from greenjobs import config, green, inspection, migrate, pool, storage
 from greenjobs.acknowledger import Acknowledger
 from greenjobs.errors import ConfigError, DatabaseUnavailable, JobInterrupted, JobsFailed, NotPatched
 from greenjobs.job import Job, Place, check_queue_name
+from greenjobs.lease import LEASE_SECONDS, Lease
 from greenjobs.listener import Listener
 from greenjobs.maintenance import Maintenance
 from greenjobs.service import Service
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
 logger = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 10.0
 
 # How long interrupted jobs have to tidy up, and how long outcomes may take to be written at the end.
 _TIDY_SECONDS = 5.0
@@ -134,7 +137,10 @@ class RunnerHandle:
         self._service = Service(runner.database_url, on_standby=self._leave_standby)
         self._acknowledger = Acknowledger(self._service, on_settled=self._settled)
         self._maintenance = Maintenance(self, self._service)
-        self._listener = Listener(runner.database_url, self._register, self)
+        self._database_url = runner.database_url
+        self.session = "lock"
+        """How this runner proves that it lives: by "lock", or by "lease"."""
+        self._listener: Listener | Lease | None = None
         self._shutdown_asked = Event()
         self._hurry = Event()
         self._urgency = 0
@@ -156,13 +162,14 @@ class RunnerHandle:
             for queue, options in queues.items()
         }
 
-    def shutdown(self) -> None:
+    def shutdown(self, *, urgency: int | None = None) -> None:
         """Begin to stop: claim nothing more, give back what has not started, let finish what runs. Returns at once.
 
         What still runs after `grace` seconds is interrupted and given back, which counts as no attempt. A second call
-        interrupts at once; a third does not wait for jobs to tidy up either.
+        interrupts at once; a third does not wait for jobs to tidy up either. `urgency` says which call this is to be
+        (1, 2 or 3), for those who may hear of one wish in several ways.
         """
-        self._urgency += 1
+        self._urgency = self._urgency + 1 if urgency is None else max(self._urgency, urgency)
         self._shutdown_asked.set()
         self._hurry.set()
 
@@ -176,6 +183,10 @@ class RunnerHandle:
     def running_jobs(self) -> int:
         """How many jobs run at this moment."""
         return sum(len(worker.running) for worker in self.workers.values())
+
+    def finished_jobs(self) -> int:
+        """How many jobs have run to their end here, well or not, since the runner was started."""
+        return sum(worker.finished for worker in self.workers.values())
 
     def stacks(self) -> str:
         """Where every job of this runner stands at this moment, as text for people."""
@@ -228,7 +239,7 @@ class RunnerHandle:
         try:
             with self._service.pool.connection() as connection:
                 migrate.require_current(connection)
-            self._listener.start()
+            self._begin_session()
             self._maintenance.rescue()
             self._maintenance.route()
         except BaseException:
@@ -239,6 +250,18 @@ class RunnerHandle:
         self._maintenance.start()
         gevent.spawn(self._run, stops_when_empty)
 
+    def _begin_session(self) -> None:
+        settings = self._settings
+        url = settings.session_url or self._database_url
+        if settings.session == "auto":
+            connection = pool.connect(url, application_name="greenjobs session", timeout_seconds=_CONNECT_SECONDS)
+            self.session = "lease" if connection.is_pooled else "lock"
+            connection.close()
+        else:
+            self.session = settings.session
+        self._listener = (Lease if self.session == "lease" else Listener)(url, self._register, self)
+        self._listener.start()
+
     def _register(self, connection: Connection) -> int:
         return storage.register_runner(
             connection,
@@ -248,10 +271,12 @@ class RunnerHandle:
             queues=self.queues,
             job_types=self.job_types,
             former=self._service.runner_ids,
+            lease_seconds=LEASE_SECONDS if self.session == "lease" else None,
         )
 
     def _leave_standby(self) -> None:
-        self._listener.restart()
+        if self._listener is not None:
+            self._listener.restart()
 
     def _run(self, stops_when_empty: bool) -> None:
         try:
@@ -326,7 +351,8 @@ class RunnerHandle:
 
     def _close(self) -> None:
         self._maintenance.stop()
-        self._listener.stop()
+        if self._listener is not None:
+            self._listener.stop()
         self._acknowledger.stop()
         self._service.close()
 

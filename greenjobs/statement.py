@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 
 
 class PlanningConnection(extensions.connection):
-    """A connection that remembers what was prepared on it. Behind a transaction pooler nothing can be: `can_plan`."""
+    """A connection that remembers what was prepared on it.
+
+    Nothing can be where a pooler is in between, `is_pooled`: every transaction may have another session of the server.
+    """
 
     def __init__(self, dsn: str, async_: int = 0) -> None:
         super().__init__(dsn, async_)  # type: ignore[call-arg]  # the stubs lack it
-        self.can_plan = True
+        self.is_pooled = False
         self.planned: set[str] = set()
 
 
@@ -40,7 +43,7 @@ class Statement:
     def run(self, cursor: Cursor, parameters: Mapping[str, Any] | None = None) -> None:
         """Execute it with these parameters; the cursor then has its rows."""
         connection = cursor.connection
-        if not (isinstance(connection, PlanningConnection) and connection.can_plan and connection.autocommit):
+        if not (isinstance(connection, PlanningConnection) and connection.autocommit and not connection.is_pooled):
             cursor.execute(self._plain, parameters or {})
             return
         try:
@@ -50,7 +53,7 @@ class Statement:
             cursor.execute(self._execute, parameters or {})
         except (errors.InvalidSqlStatementName, errors.DuplicatePreparedStatement):
             # Another server session than the one that it was prepared on: a pooler is in between. Nothing was done.
-            connection.can_plan = False
+            connection.is_pooled = True
             cursor.execute(self._plain, parameters or {})
 
 

@@ -598,7 +598,7 @@ def route(connection: Connection, home_queues: Mapping[str, str]) -> list[str]:
 # on its way to the server then, and never started.
 _RESCUE = """
 WITH dead AS (
-    SELECT id, hostname, pid, ended_at IS NULL AS is_news
+    SELECT id, hostname, pid, memory_bytes, ended_at IS NULL AS is_news
     FROM background_runners
     WHERE id = ANY(%(runners)s)
 ),
@@ -607,6 +607,7 @@ held AS (
         job.id,
         dead.hostname,
         dead.pid,
+        dead.memory_bytes,
         (
             dead.is_news
             AND (
@@ -646,7 +647,8 @@ SET
             'attempt', job.attempt,
             'error', 'RunnerDied',
             'message', format('its runner died %%s times', job.crashes + held.blame),
-            'runner', held.hostname || ':' || held.pid
+            'runner', held.hostname || ':' || held.pid,
+            'memory_bytes', held.memory_bytes
         )
     END
 FROM held
@@ -684,8 +686,15 @@ def rescue(connection: Connection, dead_runners: Sequence[int], *, most_crashes:
 # --- runners and who waits --------------------------------------------------------------------------------------------
 
 _REGISTER = """
-INSERT INTO background_runners (hostname, pid, version, queues, job_types)
-VALUES (%(hostname)s, %(pid)s, %(version)s, %(queues)s, %(job_types)s)
+INSERT INTO background_runners (hostname, pid, version, queues, job_types, leased_until)
+VALUES (
+    %(hostname)s,
+    %(pid)s,
+    %(version)s,
+    %(queues)s,
+    %(job_types)s,
+    now() + make_interval(secs => %(lease)s)
+)
 RETURNING id
 """
 
@@ -720,8 +729,9 @@ def register_runner(
     queues: Mapping[str, Mapping[str, float]],
     job_types: Sequence[str],
     former: Sequence[int] = (),
+    lease_seconds: float | None = None,
 ) -> int:
-    """Register a runner whose life is that of this connection's session; returns its id.
+    """Register a runner whose life is that of this connection's session, or that of its lease; returns its id.
 
     The row is committed when the session holds its lock, so nobody ever sees the one without the other. A process that
     lost its session gives its `former` ids, and keeps the jobs that were not taken from it meanwhile.
@@ -735,14 +745,46 @@ def register_runner(
                 "version": version,
                 "queues": orjson.dumps(queues).decode(),
                 "job_types": list(job_types),
+                "lease": lease_seconds,
             },
         )
         (runner,) = cursor.fetchone() or (0,)
-        cursor.execute(_HOLD_SESSION, {"runner": runner})
+        if lease_seconds is None:
+            cursor.execute(_HOLD_SESSION, {"runner": runner})
         if former:
             cursor.execute(_ADOPT, {"runner": runner, "former": list(former)})
             cursor.execute(_END_FORMER, {"former": list(former)})
     return int(runner)
+
+
+# A lease that ran out is gone for good: others may have acted on it.
+_RENEW = """
+UPDATE background_runners
+SET leased_until = now() + make_interval(secs => %(lease)s)
+WHERE id = %(runner)s
+    AND leased_until > now()
+    AND ended_at IS NULL
+"""
+
+
+def renew_lease(connection: Connection, runner: int, *, lease_seconds: float) -> bool:
+    """Let the lease last that long from now on; False when it has run out already."""
+    with connection.cursor() as cursor:
+        cursor.execute(_RENEW, {"runner": runner, "lease": lease_seconds})
+        return cursor.rowcount == 1
+
+
+_NOTE_MEMORY = """
+UPDATE background_runners
+SET memory_bytes = %(memory)s
+WHERE id = %(runner)s
+"""
+
+
+def note_memory(connection: Connection, runner: int, memory_bytes: int) -> None:
+    """Write down how much memory a runner takes, for those who ask what it died of."""
+    with connection.cursor() as cursor:
+        cursor.execute(_NOTE_MEMORY, {"runner": runner, "memory": memory_bytes})
 
 
 _HELD_FENCES = """

@@ -75,7 +75,8 @@ CREATE UNIQUE INDEX background_jobs_unique
     ON background_jobs (unique_key)
     WHERE unique_key IS NOT NULL AND state IN ('scheduled', 'available');
 
--- A runner is alive exactly while its session holds the advisory lock (this table's oid, its id).
+-- A runner is alive exactly while its session holds the advisory lock (this table's oid, its id); one that has a lease
+-- instead, because a pooler allows no session, until that runs out.
 CREATE TABLE background_runners (
     id SERIAL PRIMARY KEY,
     hostname TEXT NOT NULL,
@@ -84,6 +85,8 @@ CREATE TABLE background_runners (
     queues JSONB NOT NULL,      -- {"emails": {"pool": 20, "poll_interval": 1.0}, …}
     job_types TEXT[] NOT NULL,
     started_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    leased_until TIMESTAMPTZ,
+    memory_bytes BIGINT,        -- of the process, looked at now and then
     ended_at TIMESTAMPTZ        -- when it left in good order, or was found dead
 );
 
