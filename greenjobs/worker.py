@@ -130,6 +130,11 @@ class Worker:
         return self._executor.running
 
     @property
+    def finished(self) -> int:
+        """How many jobs have run to their end here, well or not."""
+        return self._executor.finished
+
+    @property
     def is_idle(self) -> bool:
         """Whether it neither runs nor holds nor is claiming anything."""
         return not (self._executor.held or self._claims_under_way)
