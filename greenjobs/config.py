@@ -198,6 +198,19 @@ class Settings:
         _one_of("finish", "interrupt"),
         "What becomes of running jobs when the runner loses its session, and others may take them over.",
     )
+    processes: int = _option(
+        1, _number(int, "a whole number", 1, 1_000), "How many processes `greenjobs run` keeps at work."
+    )
+    max_jobs: int | None = _option(
+        None,
+        _number(int, "a whole number of jobs", 1, 1_000_000_000),
+        "A process that has finished so many jobs, or up to a tenth fewer, is replaced by a fresh one.",
+    )
+    max_memory: int | None = _option(
+        None,
+        _number(int, "a whole number of megabytes", 1, 10_000_000),
+        "A process that occupies so many megabytes of memory is replaced by a fresh one.",
+    )
     max_payload_bytes: int = _option(
         1024 * 1024,
         _number(int, "a whole number of bytes", 1, _MAX_JSONB_BYTES),
