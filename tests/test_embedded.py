@@ -851,12 +851,11 @@ def test_temporary_server_of_a_killed_process_is_removed(own_new_project: Projec
     eventually(lambda: not folder.exists(), "the folder of a killed process stays", seconds=PATIENCE_SECONDS)
 
 
-def test_temporary_server_with_a_wrong_setting_is_refused_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_temporary_server_with_a_wrong_setting_is_refused_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Path(tempfile.mkdtemp(prefix="gj-", dir="/tmp"))
     place.chmod(0o755)
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # what it remembers of the environment
+    monkeypatch.setenv("TMPDIR", str(place))
     with pytest.raises(EmbeddedServerError, match="no_such_setting"), embedded.temporary({"no_such_setting": "1"}):
         raise AssertionError("it started")
     place.rmdir()
