@@ -8,10 +8,12 @@ a random part, so that several runs can share a server.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -129,10 +131,15 @@ def _docker_answers() -> bool:
     import docker.errors
     from testcontainers.core.docker_client import DockerClient
 
-    try:
-        return bool(DockerClient(timeout=_DOCKER_ANSWER_SECONDS).client.ping())
-    except (docker.errors.DockerException, OSError):  # requests' errors are OSErrors
-        return False
+    with warnings.catch_warnings():
+        # The docker package forgets the socket over which it got no answer. Collected here, lest a test is blamed.
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            return bool(DockerClient(timeout=_DOCKER_ANSWER_SECONDS).client.ping())
+        except (docker.errors.DockerException, OSError):  # requests' errors are OSErrors
+            return False
+        finally:
+            gc.collect()
 
 
 @contextlib.contextmanager
