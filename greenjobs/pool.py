@@ -145,8 +145,17 @@ class ConnectionPool:
             raise
 
     def _wait_for(self, turn: threading.Event, deadline: float) -> None:
-        if turn.wait(max(deadline - time.monotonic(), 0)):
-            return
+        try:
+            if turn.wait(max(deadline - time.monotonic(), 0)):
+                return
+        except BaseException:
+            # This greenlet has been interrupted and takes nothing; a turn that it was given already is the next one's.
+            with self._lock:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+                else:
+                    self._wake_next()
+            raise
         with self._lock:
             if turn in self._waiting:
                 self._waiting.remove(turn)
