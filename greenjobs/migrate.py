@@ -177,9 +177,13 @@ def _take_lock(cursor: Cursor) -> None:
     INDEX CONCURRENTLY of the lock's holder would wait in turn."""
     while True:
         cursor.execute(_LOCK, {"class": _LOCK_CLASS})
-        row = cursor.fetchone()
-        if row is not None and row[0]:
+        (has_lock,) = cursor.fetchone() or (None,)
+        if has_lock:
             return
+        if has_lock is None:  # there is no current_schema() to lock
+            raise SchemaError(
+                "no schema of the search_path exists in this database; create one, or correct the search_path"
+            )
         time.sleep(_LOCK_PAUSE_SECONDS)
 
 
