@@ -7,7 +7,6 @@ add is the attempt that `current_job` shows, a context variable.
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
@@ -16,7 +15,15 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from greenjobs import config
-from greenjobs.errors import ConfigError, JobDefinitionError, NoCurrentJob, OptionError, PayloadError, UnknownJob
+from greenjobs.errors import (
+    ConfigError,
+    JobDefinitionError,
+    NoCurrentJob,
+    OptionError,
+    PayloadError,
+    SchemaError,
+    UnknownJob,
+)
 from greenjobs.payload import Codec
 
 if TYPE_CHECKING:
@@ -32,6 +39,8 @@ BATCH_SIZE = 1000
 HIGHEST_PRIORITY = 32767
 LOWEST_PRIORITY = -32767  # PostgreSQL's smallint goes one further, but that one has no negation
 LONGEST_DELAY_SECONDS = 100 * 365 * 24 * 60 * 60.0
+
+_UNDEFINED_TABLE = "42P01"  # PostgreSQL's error code
 
 _JOB_NAME = re.compile(r"[\w.:/-]{1,200}")
 
@@ -69,6 +78,10 @@ class Job(Generic[P, R]):
         max_retries: int | None = None,
         unique: bool = False,
     ) -> None:
+        if not callable(function):
+            raise JobDefinitionError(f"@job takes a function, or keyword arguments such as queue=…, not {function!r}")
+        # First of all, because it also copies whatever attributes the function has, under any name.
+        functools.update_wrapper(self, function)
         self.name = name if name is not None else getattr(function, "__name__", "")
         self.function = function
         self._queue = queue
@@ -77,7 +90,6 @@ class Job(Generic[P, R]):
         self.unique = unique
         self._check()
         self.codec = Codec(function, job_name=self.name)
-        functools.update_wrapper(self, function)
         self._plain_call: Call[P] = Call(self, _Options())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -99,8 +111,9 @@ class Job(Generic[P, R]):
     def delay(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
         """Enqueue a call, committed when this returns.
 
-        Raises TypeError when the function could not be called so, PayloadError when an argument cannot be stored, and
-        DatabaseUnavailable when the database does not take it within `enqueue_timeout` seconds.
+        Raises TypeError when the function could not be called so, PayloadError when an argument cannot be stored,
+        DatabaseUnavailable when the database does not take it within `enqueue_timeout` seconds, and SchemaError when it
+        has not been migrated.
         """
         return self._plain_call.delay(*args, **kwargs)
 
@@ -127,7 +140,7 @@ class Job(Generic[P, R]):
         if delay is not None and run_at is not None:
             raise OptionError(f"{self.name}: give delay or run_at, not both")
         if queue is not None:
-            check_queue_name(queue, f"{self.name}: queue", OptionError)
+            queue = check_queue_name(queue, f"{self.name}: queue", OptionError)
         if priority is not None:
             _check_priority(priority, self.name, OptionError)
         return Call(
@@ -148,10 +161,10 @@ class Job(Generic[P, R]):
                 f"set it with @job(name=…)"
             )
         if self._queue is not None:
-            check_queue_name(self._queue, f"{self.name}: queue", JobDefinitionError)
+            self._queue = check_queue_name(self._queue, f"{self.name}: queue", JobDefinitionError)
         _check_priority(self.priority, self.name, JobDefinitionError)
         try:
-            config.check({"max_retries": self._max_retries})
+            self._max_retries = config.check({"max_retries": self._max_retries}).get("max_retries")
         except ConfigError as error:
             raise JobDefinitionError(f"{self.name}: {error}") from None
         if not isinstance(self.unique, bool):
@@ -192,13 +205,21 @@ class Call(Generic[P]):
         batches = [
             self._new_jobs(storage, data[start : start + BATCH_SIZE]) for start in range(0, len(data), BATCH_SIZE)
         ]
-        if self._options.connection is not None:
-            enqueued = storage.enqueue(pool.raw_connection(self._options.connection), batches)
-        else:
-            attempt = _attempt.get(None)
-            lender = attempt.place.pool if attempt is not None else pool.shared_pool(settings)
-            with lender.connection() as connection:
-                enqueued = storage.enqueue(connection, batches)
+        try:
+            if self._options.connection is not None:
+                enqueued = storage.enqueue(pool.raw_connection(self._options.connection), batches)
+            else:
+                attempt = _attempt.get(None)
+                lender = attempt.place.pool if attempt is not None else pool.shared_pool(settings)
+                with lender.connection() as connection:
+                    enqueued = storage.enqueue(connection, batches)
+        except Exception as error:
+            if getattr(error, "pgcode", None) != _UNDEFINED_TABLE:
+                raise
+            raise SchemaError(
+                f"{self._job.name} was not enqueued: the tables of greenjobs are not in this database, or not in a "
+                f"schema of its search_path; type `greenjobs migrate`"
+            ) from error
         name = self._job.name
         return [JobHandle(id, name, is_duplicate) for id, is_duplicate in enqueued]
 
@@ -248,8 +269,6 @@ def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     """
     if function is None:
         return lambda decorated: _register(Job(decorated, **settings))
-    if not callable(function):
-        raise JobDefinitionError(f"@job takes a function, or keyword arguments such as queue=…, not {function!r}")
     return _register(Job(function))
 
 
@@ -439,7 +458,8 @@ def _seconds(delay: object, name: str) -> float:
     seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise OptionError(f"{name}: delay is {delay!r}; allowed: a number of seconds, or a timedelta")
-    if not math.isfinite(seconds) or not 0 <= seconds <= LONGEST_DELAY_SECONDS:
+    # NaN is refused, too: no comparison holds for it.
+    if not 0 <= seconds <= LONGEST_DELAY_SECONDS:
         raise OptionError(f"{name}: delay is {delay!r}; allowed: 0 to {LONGEST_DELAY_SECONDS:.0f} seconds")
     return float(seconds)
 
