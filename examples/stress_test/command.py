@@ -82,7 +82,8 @@ def main(jobs: int, workers: int, duration: int, database_url: str, seed: int | 
             migrate.migrate(url)
             if not quiet:
                 shares = ", ".join(f"{queue} {pool}" for queue, pool in pools.items())
-                console.print(f"{jobs} moves, {workers} jobs at a time ({shares}), seed {seed}", highlight=False)
+                said = f"{jobs} moves, {workers} jobs at a time ({shares}), seed {seed}"
+                console.print(said, soft_wrap=True, highlight=False)
             with progress_display(console, game.JOBS, quiet=quiet) as show:
                 report = play(url, jobs=jobs, pools=pools, duration_seconds=duration, seed=seed, show=show)
     except (GreenjobsError, psycopg2.Error) as error:
@@ -108,7 +109,7 @@ def play(
         _stop_on_signals(game_over)
         handle = runner.start()
         ends_at = time.monotonic() + duration_seconds
-        think_seconds = len(game.PLAYERS) / (game.MOVES_PER_SECOND_AND_WORKER * sum(pools.values()))
+        seconds_per_move = len(game.PLAYERS) / (game.MOVES_PER_SECOND_AND_WORKER * sum(pools.values()))
         try:
             with ThreadPoolExecutor(len(game.PLAYERS)) as executor:
                 players = [
@@ -116,7 +117,7 @@ def play(
                         game.play,
                         player,
                         moves=_share(jobs, place, len(game.PLAYERS)),
-                        think_seconds=think_seconds,
+                        seconds_per_move=seconds_per_move,
                         world=world,
                         game_over=game_over,
                     )

@@ -115,13 +115,18 @@ def share_workers(workers: int) -> dict[str, int]:
 # --- the players ------------------------------------------------------------------------------------------------------
 
 
-def play(player: str, *, moves: int, think_seconds: float, world: World, game_over: Event) -> None:
-    """Make this many moves, or as many as there is time for. A move enqueues one job, as a view of a website would."""
+def play(player: str, *, moves: int, seconds_per_move: float, world: World, game_over: Event) -> None:
+    """Make this many moves, or as many as there is time for. A move enqueues one job, as a view of a website would.
+
+    Moves come at random, in so many seconds each on average, and sooner than that after one that took its time.
+    """
     luck = Random(f"{world.seed} {player}")
     team = luck.sample(MONSTERS, TEAM_SIZE)
+    next_move_at = time.monotonic()
     with world.ledger.connection() as connection:
         for turn in range(1, moves + 1):
-            if game_over.wait(luck.expovariate(1 / think_seconds)):
+            next_move_at += luck.expovariate(1 / seconds_per_move)
+            if game_over.wait(max(0.0, next_move_at - time.monotonic())):
                 return
             job, arguments = choose_move(player, team, turn, luck)
             # The job and its entry in the ledger are written in one transaction: there is never one without the other.

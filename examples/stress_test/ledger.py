@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 ALL = "all"
 """The name under which the numbers of all kinds are together."""
 
-# A job needs one for a millisecond at its start and at its end: these serve hundreds of jobs at a time.
-_CONNECTIONS = 4
+# A job needs one for some milliseconds at its start and at its end: these serve hundreds of jobs at a time.
+_CONNECTIONS = 16
 _WAIT_SECONDS = 30.0
 
 
