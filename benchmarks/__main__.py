@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psycopg2
+
 from benchmarks import machine, report
 from benchmarks.case import BenchmarkFailed, Case, Measurement, Sizes, figures, measure, shown
 from benchmarks.cases import CASES
@@ -23,8 +25,8 @@ def main() -> int:
     try:
         with server(arguments.database_url) as measured_on:
             results = _run(cases, measured_on, arguments, remarks, failures)
-    except GreenjobsError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
+    except (GreenjobsError, psycopg2.OperationalError) as error:
+        print(f"benchmarks: {str(error).strip()}", file=sys.stderr)
         return 2
     report.write(results, arguments.output)
     print(f"\n{report.targets_text(results)}\n\nwritten to {arguments.output / report.PAGE}")

@@ -17,8 +17,9 @@ PICTURE = "performance.svg"
 
 _INTRODUCTION = f"""# Performance
 
-This page is made by `make bench`; nothing on it is written by hand. Each case is measured beside what it could reach at
-best: the same work in plain SQL, or in a loop that claims, executes and acknowledges in gevent and does nothing else.
+This page is made by `make bench ARGS="--output docs"`; nothing on it is written by hand. Each case is measured beside
+what it could reach at best: the same work in plain SQL, or in a loop that claims, executes and acknowledges in gevent
+and does nothing else.
 
 - Everything that is measured runs in processes of its own, against a database of its own. A rate counts from the start
   of the first job to the moment when the last acknowledgement is in the database.
