@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import platform
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -22,15 +24,14 @@ from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
 from greenjobs.loading import load_application
 from greenjobs.runner import Runner, RunnerHandle
+from greenjobs.supervised import Line
+from greenjobs.supervisor import EXIT_MISTAKE, LOG_FORMAT
 from greenjobs.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# What a person can mend ends with click's own status for a wrong command line.
-EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 3
 
-_LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _QUEUE_FORM = "NAME[:POOL][:poll=SECONDS], such as emails:20 or indexing:5:poll=30"
 
 _Command = Callable[..., Any]
@@ -71,6 +72,9 @@ def main() -> None:
     "max_crashes",
     "grace",
     "on_session_loss",
+    "processes",
+    "max_jobs",
+    "max_memory",
     "default_queue",
     "log_level",
 )
@@ -79,16 +83,23 @@ def main() -> None:
 )
 @click.option("--until-empty", is_flag=True, help="Stop when nothing waits that could run now.")
 @click.option("--migrate", "migrate_first", is_flag=True, help="Bring the tables up to date first.")
-def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, **arguments: str | None) -> None:
+@click.option("--reload", is_flag=True, help="For development: start afresh when Python files here change.")
+def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload: bool, **arguments: str | None) -> None:
     """Run jobs until a signal says to stop.
 
     Without --queue it serves every queue that the jobs name. The application is found as Flask finds it, unless --app
-    names it.
+    names it. With --processes, --max-jobs, --max-memory or --reload, a supervisor keeps the processes at work.
     """
     with _plain_errors():
         settings = _configure(arguments)
+        line = Line.open(settings)
+        if line is None and (reload or settings.needs_supervisor):
+            raise ConfigError(
+                "processes, max_jobs, max_memory and --reload need a supervisor, which is there when the command is "
+                "`greenjobs run`, or `python -m greenjobs run`, and `run` its first argument"
+            )
         url = settings.require_database_url()
-        application = load_application(settings.app)
+        application = _load_application(settings.app)
         jobs = registered_jobs()
         if not jobs:
             raise ConfigError(f"{settings.app or application!r} declares no jobs; name the module that does with --app")
@@ -99,9 +110,13 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, **argum
             runner.configure_queue(queue, **options)
         if until_empty:
             runner.shutdown_when_queue_empty()
+        if line is not None:
+            line.begin()
         handle = runner.start()
         _banner(url, handle, jobs)
         _handle_signals(handle)
+        if line is not None:
+            line.report_up(handle)
         handle.wait_for_shutdown()
         logger.info("stopped")
         if handle.gave_up_jobs:
@@ -180,8 +195,19 @@ def _configure(arguments: dict[str, str | None]) -> config.Settings:
     config.configure(**arguments)
     settings = config.current()
     if not logging.getLogger().handlers:
-        logging.basicConfig(level=settings.log_level, format=_LOG_FORMAT, stream=sys.stderr)
+        logging.basicConfig(level=settings.log_level, format=LOG_FORMAT, stream=sys.stderr)
     return settings
+
+
+def _load_application(name: str | None) -> Any:
+    try:
+        return load_application(name)
+    except GreenjobsError:
+        raise
+    except Exception:
+        # The application's own mistake: its traceback says where, and the status, that another try is of no use.
+        traceback.print_exc()
+        sys.exit(EXIT_MISTAKE)
 
 
 def _migrate(url: str) -> list[str]:
@@ -215,8 +241,10 @@ def _banner(url: str, handle: RunnerHandle, jobs: dict[str, Job[Any, Any]]) -> N
 
 def _handle_signals(handle: RunnerHandle) -> None:
     """Handlers only set events, or print; gevent runs them in the event loop, never in the middle of a job."""
+    # Signals are counted here, for a supervisor may have told the runner to stop as well.
+    signals = itertools.count(1)
     for number in (signal.SIGINT, signal.SIGTERM):
-        gevent.signal_handler(number, handle.shutdown)
+        gevent.signal_handler(number, lambda: handle.shutdown(urgency=next(signals)))
     gevent.signal_handler(signal.SIGQUIT, lambda: click.echo(handle.stacks(), err=True))
 
 

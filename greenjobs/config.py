@@ -236,6 +236,11 @@ class Settings:
     )
     project_folder: Path = field(default_factory=lambda: project_folder())
 
+    @property
+    def needs_supervisor(self) -> bool:
+        """Whether `greenjobs run` has to start other processes, and to replace them."""
+        return self.processes > 1 or self.max_jobs is not None or self.max_memory is not None
+
     def require_database_url(self) -> str:
         """Return `database_url`; raise ConfigError that says how to name one when there is none."""
         if self.database_url is None:

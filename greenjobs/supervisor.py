@@ -1,0 +1,508 @@
+"""Several runners, each in its own interpreter: kept at work, replaced when their time has come, stopped together.
+
+The supervisor itself is light: no gevent, no psycopg2, no application, no connection. Its children are started by the
+command line that it was started by itself, never forked, as a forked child would go on with its parent's greenlets.
+
+Each child is in a session of its own, so that Ctrl-C in a terminal reaches the supervisor alone. What the supervisor
+wants of its children it says over a socket, and how urgent it is: a child that hears the same from others too (systemd
+sends SIGTERM to every process of a service) does not take that for a second signal, which would mean impatience. The
+end of that socket tells the child that its supervisor is gone.
+
+A child that is to be replaced works on until its successor claims jobs, and only then drains. So there are never fewer
+processes at work than before, and code that does not start replaces nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import random
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from greenjobs import config
+from greenjobs.errors import ConfigError
+from greenjobs.version import __version__
+
+logger = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+# What a person can mend ends with click's own status for a wrong command line.
+EXIT_MISTAKE = 2
+
+SUPERVISED = "GREENJOBS_SUPERVISED_BY"
+"""The environment variable that tells a child of its supervisor: "PID:FD", the descriptor being its end of the line."""
+
+# The lines that are said over it; what follows the word are its arguments.
+UP = "up"
+RETIRE = "retire"
+STOP = "stop"
+
+STUCK_SECONDS = 30.0
+"""How much longer than `grace` a child may take to end. Tidying up and writing outcomes takes at most half of it."""
+
+# A child that ends earlier than this has not proved that it can live; the next is started after a pause.
+_EARLY_SECONDS = 10.0
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 60.0
+_MANY_EARLY_DEATHS = 3
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
+_FILES_CHANGED = 0  # goes the way of the signals' numbers, and is none
+
+_OWN_OPTIONS = ("processes", "max_jobs", "max_memory", "grace", "log_level")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a command line asks of a supervisor."""
+
+    settings: config.Settings
+    until_empty: bool
+    reload: bool
+
+
+def order_in(arguments: Sequence[str]) -> Order | None:
+    """What this command line (without the program's name) asks of a supervisor; None when it needs none.
+
+    Looks for a handful of options only, before anything is patched. The children parse the whole line and say what is
+    wrong with it; where the settings are wrong, nobody is asked for, and the command itself says so.
+    """
+    if SUPERVISED in os.environ or list(arguments[:1]) != ["run"] or not {"-h", "--help"}.isdisjoint(arguments):
+        return None
+    try:
+        settings = config.load(**{name: _last_value(arguments, name) for name in _OWN_OPTIONS})
+    except ConfigError:
+        return None
+    reload = "--reload" in arguments
+    if not (reload or settings.needs_supervisor):
+        return None
+    return Order(settings, until_empty="--until-empty" in arguments, reload=reload)
+
+
+def _last_value(arguments: Sequence[str], name: str) -> str | None:
+    flag, value = "--" + name.replace("_", "-"), None
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if word == flag:
+            value = following
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def supervise(order: Order) -> int:
+    """Be the supervisor, until it is told to stop; returns the exit status. The children get this process's arguments.
+
+    Call it in the main thread: on Linux a child is told when the thread ends that started it.
+    """
+    logging.basicConfig(level=order.settings.log_level, format=LOG_FORMAT, stream=sys.stderr)
+    if order.reload:
+        try:
+            import watchfiles  # noqa: F401
+        except ImportError:
+            message = "greenjobs: --reload needs watchfiles, which the extra brings: pip install 'greenjobs[reload]'"
+            print(message, file=sys.stderr)
+            return EXIT_MISTAKE
+    return Supervisor(order, [sys.executable, *sys.orig_argv[1:]]).run()
+
+
+@dataclass(slots=True, eq=False)
+class _Child:
+    process: subprocess.Popen[bytes]
+    line: socket.socket
+    slot: _Slot
+    generation: int
+    started_at: float
+    is_up: bool = False
+    is_leaving: bool = False
+    kill_at: float = math.inf
+    unread: bytes = b""
+
+    @property
+    def age(self) -> float:
+        return time.monotonic() - self.started_at
+
+    def __str__(self) -> str:
+        return f"process {self.process.pid}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Renewal:
+    """Why a child is to be replaced, and since when."""
+
+    reason: str
+    asked_at: float
+    is_reload: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """One of the processes that there are to be, whichever it is at the moment."""
+
+    child: _Child | None = None
+    successor: _Child | None = None
+    renewal: _Renewal | None = None
+    early_deaths: int = 0
+    not_before: float = 0.0
+    is_done: bool = False
+
+
+class Supervisor:
+    """Keeps the processes of an order at work, each started by `command`."""
+
+    def __init__(self, order: Order, command: Sequence[str]) -> None:
+        self._order = order
+        self._command = command
+        self._folder = _working_folder()
+        self._slots = [_Slot() for _ in range(order.settings.processes)]
+        self._children: list[_Child] = []
+        self._generation = 0
+        self._has_been_up = False
+        self._stops = 0
+        self._status = 0
+        self._selector = selectors.DefaultSelector()
+        self._bell, self._ringing = socket.socketpair()
+        for end in (self._bell, self._ringing):
+            end.setblocking(False)
+        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._has_terminal = _has_terminal()
+        self._outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup has it
+
+    def run(self) -> int:
+        """Work until all children have ended for good; returns the exit status."""
+        logger.info("greenjobs %s, supervisor %s of %s processes", __version__, os.getpid(), len(self._slots))
+        with self._hearing_signals(), self._watching_files():
+            while not self._is_over():
+                self._start_what_is_due()
+                self._wait()
+                self._reap()
+                self._kill_the_stuck()
+        logger.info("supervisor %s ends with status %s", os.getpid(), self._status)
+        return self._status
+
+    def _is_over(self) -> bool:
+        return not self._children and (self._stops > 0 or all(slot.is_done for slot in self._slots))
+
+    # --- start --------------------------------------------------------------------------------------------------------
+
+    def _start_what_is_due(self) -> None:
+        if self._stops:
+            return
+        now = time.monotonic()
+        empty = [slot for slot in self._slots if slot.child is None and not slot.is_done]
+        if not self._has_been_up:
+            # Until one has come up, one at a time: what is wrong with application or settings is then said once.
+            empty = [] if self._children else empty[:1]
+        for slot in empty:
+            if slot.not_before <= now:
+                slot.child = self._start(slot)
+        # One at a time here, too: it shows whether the code starts, and spares the machine a crowd of fresh processes.
+        if any(slot.successor for slot in self._slots):
+            return
+        renewals = [
+            (slot.renewal.asked_at, number)
+            for number, slot in enumerate(self._slots)
+            if slot.renewal and slot.not_before <= now
+        ]
+        if renewals:
+            slot = self._slots[min(renewals)[1]]
+            slot.successor = self._start(slot)
+
+    def _start(self, slot: _Slot) -> _Child | None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        try:
+            process = subprocess.Popen(
+                self._command,
+                cwd=self._folder,
+                env={**os.environ, SUPERVISED: f"{os.getpid()}:{theirs.fileno()}"},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            logger.error("cannot start a process: %s; trying again in %.1f s", error, self._pause(slot))
+            return None
+        finally:
+            theirs.close()
+        child = _Child(process, ours, slot, self._generation, time.monotonic())
+        self._children.append(child)
+        self._selector.register(ours, selectors.EVENT_READ, child)
+        logger.info("%s is starting", child, extra={"pid": process.pid})
+        return child
+
+    def _pause(self, slot: _Slot) -> float:
+        """After an early death, let the next start wait, longer the more there were in a row; returns the seconds."""
+        slot.early_deaths += 1
+        longest = min(_FIRST_PAUSE_SECONDS * 2.0 ** min(slot.early_deaths - 1, 10), _LONGEST_PAUSE_SECONDS)
+        pause = longest * random.uniform(0.5, 1.0)
+        slot.not_before = time.monotonic() + pause
+        return pause
+
+    # --- hear ---------------------------------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        """Wait for something to happen, and for no longer than until something is due; hear what children say."""
+        now = time.monotonic()
+        moments = [child.kill_at for child in self._children]
+        if not self._stops:
+            moments += [slot.not_before for slot in self._slots if slot.not_before > now]
+        next_at = min(moments, default=math.inf)
+        timeout = None if next_at == math.inf else max(next_at - now, 0.0)
+        for key, _ in self._selector.select(timeout):
+            if key.data is None:
+                self._answer_signals()
+            else:
+                self._hear(key.data)
+
+    def _hear(self, child: _Child) -> None:
+        try:
+            while data := child.line.recv(4096):
+                child.unread += data
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._hang_up(child)
+        else:
+            self._hang_up(child)
+        *lines, child.unread = child.unread.split(b"\n")
+        for line in lines:
+            word, _, rest = line.decode().partition(" ")
+            if word == UP:
+                self._note_up(child)
+            elif word == RETIRE and not child.is_leaving:
+                self._renew(child.slot, rest, is_reload=False)
+
+    def _hang_up(self, child: _Child) -> None:
+        """Listen to it no more; whether it lives is another matter."""
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(child.line)
+
+    def _note_up(self, child: _Child) -> None:
+        self._has_been_up = child.is_up = True
+        slot = child.slot
+        logger.info("%s is up after %.1f s", child, child.age, extra={"pid": child.process.pid})
+        if child.is_leaving:
+            return
+        if child is slot.successor:
+            former, slot.child, slot.successor, slot.renewal = slot.child, child, None, None
+            if former is not None:
+                logger.info("%s takes the place of %s, which finishes what it runs", child, former)
+                self._tell_to_stop(former)
+        if child.generation < self._generation:
+            self._renew(slot, "new code", is_reload=True)
+
+    # --- replace ------------------------------------------------------------------------------------------------------
+
+    def _renew(self, slot: _Slot, reason: str, *, is_reload: bool) -> None:
+        """Have the slot's child replaced as soon as it is its turn."""
+        if slot.renewal is None and not self._stops:
+            slot.renewal = _Renewal(reason, time.monotonic(), is_reload)
+            logger.info("%s is to be replaced: %s", slot.child, reason)
+
+    def _reload(self) -> None:
+        """Replace all children, one after the other, by such as load the code of now."""
+        if self._stops:
+            return
+        self._generation += 1
+        for slot in self._slots:
+            if slot.child is None:
+                slot.not_before = 0.0
+            elif slot.child.is_up and slot.successor is None:
+                self._renew(slot, "new code", is_reload=True)
+
+    def _abandon_reload(self) -> None:
+        for slot in self._slots:
+            if slot.renewal and slot.renewal.is_reload:
+                slot.renewal = None
+
+    # --- end ----------------------------------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        for child in [child for child in self._children if child.process.poll() is not None]:
+            self._hear(child)
+            self._hang_up(child)
+            child.line.close()
+            self._children.remove(child)
+            self._note_end(child)
+
+    def _note_end(self, child: _Child) -> None:
+        slot, status = child.slot, child.process.returncode
+        end = f"{child} {_describe(status)} after {child.age:.1f} s"
+        if child.is_leaving:
+            self._note_departure(child, status, end)
+        elif child is slot.successor:
+            slot.successor = None
+            self._note_failed_successor(child, end)
+        elif slot.successor is not None:
+            logger.warning("%s; its successor is on the way", end)
+            slot.child, slot.successor, slot.renewal = slot.successor, None, None
+        elif self._order.until_empty and child.is_up and status == 0:
+            logger.info("%s; nothing waits that could run now", end)
+            slot.child, slot.renewal, slot.is_done = None, None, True
+        else:
+            slot.child = slot.renewal = None
+            self._note_death(child, status, end)
+
+    def _note_departure(self, child: _Child, status: int, end: str) -> None:
+        logger.log(logging.WARNING if status else logging.INFO, "%s, as it was told to", end)
+        if self._stops and child.is_up:
+            self._status = max(self._status, status if status >= 0 else 128 - status)
+
+    def _note_failed_successor(self, child: _Child, end: str) -> None:
+        slot = child.slot
+        if slot.renewal and slot.renewal.is_reload:
+            if child.generation == self._generation:
+                logger.error("%s and did not come up; the old code goes on, until there is another reload", end)
+                self._abandon_reload()
+            return  # or there has been another reload since: at once
+        pause = self._pause(slot)
+        logger.error("%s and did not come up; %s goes on; trying again in %.1f s", end, slot.child, pause)
+
+    def _note_death(self, child: _Child, status: int, end: str) -> None:
+        slot = child.slot
+        if status == EXIT_MISTAKE and not self._has_been_up:
+            if self._order.reload:
+                slot.not_before = math.inf
+                logger.error("%s; waiting for files to change", end)
+            else:
+                # It has said itself what is wrong, and that will not pass.
+                self._stops, self._status = 1, status
+            return
+        if child.is_up and child.age >= _EARLY_SECONDS:
+            slot.early_deaths, slot.not_before = 0, 0.0
+            logger.warning("%s; starting another", end)
+            return
+        pause = self._pause(slot)
+        level = logging.ERROR if slot.early_deaths >= _MANY_EARLY_DEATHS else logging.WARNING
+        logger.log(level, "%s, early death %s in a row; starting another in %.1f s", end, slot.early_deaths, pause)
+
+    def _tell_to_stop(self, child: _Child, urgency: int = 1) -> None:
+        """Say it to the child, which ends at once when it has not come up; and see to it that it does end."""
+        child.is_leaving = True
+        grace = self._order.settings.grace if urgency == 1 else 0.0
+        child.kill_at = min(child.kill_at, time.monotonic() + grace + STUCK_SECONDS)
+        with contextlib.suppress(OSError):
+            child.line.send(f"{STOP} {urgency}\n".encode())
+
+    def _kill_the_stuck(self) -> None:
+        for child in self._children:
+            if child.kill_at <= time.monotonic():
+                child.kill_at = math.inf
+                logger.error("%s did not end when it was told to; killed, and what it ran will run again", child)
+                child.process.kill()
+
+    # --- signals ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _hearing_signals(self) -> Iterator[None]:
+        """Have signals ring the bell. Their handlers do nothing: all is done in the loop, one after the other."""
+        former_bell = signal.set_wakeup_fd(self._ringing.fileno(), warn_on_full_buffer=False)
+        former = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(former_bell)
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _answer_signals(self) -> None:
+        for number in self._bell.recv(4096):
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self._stop(signal.Signals(number).name)
+            elif number == signal.SIGHUP:
+                self._answer_hangup()
+            elif number == signal.SIGQUIT:
+                self._pass_on_quit()
+            elif number == _FILES_CHANGED:
+                logger.info("files have changed")
+                self._reload()
+
+    def _stop(self, why: str) -> None:
+        self._stops += 1
+        logger.info("%s: telling %s processes to stop, urgency %s", why, len(self._children), self._stops)
+        for child in self._children:
+            self._tell_to_stop(child, self._stops)
+
+    def _answer_hangup(self) -> None:
+        """SIGHUP asks for a reload, unless it comes because the terminal was closed."""
+        if self._has_terminal and not _has_terminal():
+            self._has_terminal = False
+            if not self._outlives_terminal:
+                self._stop("the terminal was closed")
+            return
+        logger.info("SIGHUP: reloading")
+        self._reload()
+
+    def _pass_on_quit(self) -> None:
+        for child in self._children:
+            state = "is leaving" if child.is_leaving else "is up" if child.is_up else "is starting"
+            logger.info("%s %s, started %.1f s ago", child, state, child.age)
+            if child.is_up:  # before, it does not handle the signal, which would end it
+                child.process.send_signal(signal.SIGQUIT)
+
+    @contextlib.contextmanager
+    def _watching_files(self) -> Iterator[None]:
+        if not self._order.reload:
+            yield
+            return
+        import watchfiles
+
+        def is_code(change: Any, path: str) -> bool:
+            is_ours = path.endswith(".py") or Path(path).name in ("setup.cfg", "pyproject.toml")
+            return is_ours and watchfiles.DefaultFilter()(change, path)
+
+        def watch() -> None:
+            for _ in watchfiles.watch(self._folder, watch_filter=is_code, stop_event=is_over):
+                self._ringing.send(bytes([_FILES_CHANGED]))
+
+        is_over = threading.Event()
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        logger.info("reloading when Python files change in %s", self._folder)
+        try:
+            yield
+        finally:
+            is_over.set()
+            watcher.join()
+
+
+def _working_folder() -> str:
+    """The working directory by the name that the shell has for it, as in $PWD.
+
+    A deployment may exchange a symbolic link in that name: children that are started later then find the new code.
+    """
+    named = os.environ.get("PWD", "")
+    with contextlib.suppress(OSError):
+        if os.path.isabs(named) and os.path.samefile(named, os.curdir):
+            return named
+    return os.getcwd()
+
+
+def _has_terminal() -> bool:
+    try:
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    except OSError:
+        return False
+    os.close(terminal)
+    return True
+
+
+def _describe(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    with contextlib.suppress(ValueError):
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"was ended by signal {-status}"
