@@ -7,7 +7,7 @@ lock with its last holder, however that one ended, so that none of them can be s
     users.lock    shared: every process that uses the server (and what it forked); exclusive: the guard, once alone
     guard.lock    exclusive: the guard. A second one waits until the first is ready or gone
     ready.lock    exclusive: a guard whose server answers. A new file each time, as a forked tester may keep the old
-    server.lock   exclusive: the processes of the server, which inherit it and may outlive a killed guard
+    server.lock   exclusive: the processes of initdb and the server, which inherit it and may outlive a killed guard
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class _Guard:
         if self._data.exists():
             self._check_data(version)
         else:
-            self._make_data(binaries)
+            self._make_data(binaries, server_fd)
         self._make_socket_folder()
         self._launch(binaries, server_fd)
         os.close(server_fd)
@@ -251,7 +251,7 @@ class _Guard:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _wait_for_former_server(self) -> int:
-        """Take server.lock, which the next server inherits. It is taken while one runs whose guard was killed."""
+        """Take server.lock, which initdb and the server inherit: taken while one runs whose guard was killed."""
         fd = open_lock(self._folder / "server.lock")
         deadline = time.monotonic() + PATIENCE_SECONDS
         asked_to_stop = False
@@ -263,9 +263,8 @@ class _Guard:
                     os.kill(pid, signal.SIGINT)
                 asked_to_stop = True
             if time.monotonic() > deadline:
-                raise _Refused(
-                    f"a former server (process {pid}) still runs on {self._data}; see {self._log}, or end it"
-                )
+                what = f"server (process {pid})" if pid else "initdb"
+                raise _Refused(f"a former {what} still runs in {self._folder}; see {self._log}, or end it")
             time.sleep(_POLL_SECONDS)
         return fd
 
@@ -323,7 +322,7 @@ class _Guard:
                 f"name another folder, as in embedded:///some/folder, or, if the data may go, delete {self._data}"
             )
 
-    def _make_data(self, binaries: Path) -> None:
+    def _make_data(self, binaries: Path, server_fd: int) -> None:
         """initdb beside the place, then move it there: data that exist are complete, whenever this is killed."""
         fresh = Path(tempfile.mkdtemp(prefix="data.new-", dir=self._folder))
         self._give_to_account(fresh)
@@ -333,7 +332,7 @@ class _Guard:
         options += ["--set", "max_connections=300"]
         if self._order.disposable:
             options.append("--no-sync")
-        done = self._run(binaries / "initdb", "--pgdata", str(fresh), *options)
+        done = self._run(binaries / "initdb", "--pgdata", str(fresh), *options, pass_fd=server_fd)
         if done.returncode:
             shutil.rmtree(fresh, ignore_errors=True)
             raise _Refused(
@@ -424,7 +423,9 @@ class _Guard:
         self._ready_fd = fd
         os.rename(name, self._folder / "ready.lock")
 
-    def _run(self, program: Path, *arguments: str, standard_input: str = "") -> subprocess.CompletedProcess[str]:
+    def _run(
+        self, program: Path, *arguments: str, standard_input: str = "", pass_fd: int | None = None
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(program), *arguments],
             input=standard_input,
@@ -434,6 +435,7 @@ class _Guard:
             errors="replace",
             cwd="/",
             env=_environment(),
+            pass_fds=[] if pass_fd is None else [pass_fd],
             check=False,
             **self._as_account,
         )
