@@ -357,6 +357,16 @@ def test_signal_ends_the_game_with_the_table(database_url: str, number: int) -> 
     assert numbers(table, "done")["all"] > 0
 
 
+def test_second_signal_interrupts_what_runs_and_nothing_is_lost(database_url: str) -> None:
+    with game(*ENDLESS, database_url=database_url) as process:
+        process.wait_for_line("12 running")
+        process.send(signal.SIGINT)
+        process.send(signal.SIGTERM)  # another one, as two of the same may arrive as one
+        output = end(process)
+    assert "was interrupted and is given back" in output
+    assert "No job was lost" in output
+
+
 def test_what_has_not_started_when_the_time_is_up_is_not_lost(database_url: str) -> None:
     with game("--jobs", "100000", "--duration", "2", "--workers", "3", database_url=database_url) as process:
         table = read_table(end(process))

@@ -68,8 +68,8 @@ _INTERRUPTED_STATUS = 130  # as shells have it: 128 and the number of SIGINT
 def main(jobs: int, workers: int, duration: int, database_url: str, seed: int | None, quiet: bool) -> None:
     """Play a monster-collecting game with real jobs, and prove that none was lost and none ran twice.
 
-    Ctrl-C ends the game: what runs is finished, and the table is printed. The exit status is 0 if every job is
-    accounted for, 1 if a job was lost or ran twice, and 2 if there was no game.
+    Ctrl-C ends the game: what runs is finished, or interrupted by a second Ctrl-C, and the table is printed. The exit
+    status is 0 if every job is accounted for, 1 if a job was lost or ran twice, and 2 if there was no game.
     """
     console = Console()
     _log_to(console, quiet=quiet)
@@ -106,8 +106,8 @@ def play(
         for queue, pool in pools.items():
             runner.configure_queue(queue, pool=pool)
         game_over = threading.Event()
-        _stop_on_signals(game_over)
         handle = runner.start()
+        _stop_on_signals(handle, game_over)
         ends_at = time.monotonic() + duration_seconds
         seconds_per_move = len(game.PLAYERS) / (game.MOVES_PER_SECOND_AND_WORKER * sum(pools.values()))
         try:
@@ -130,7 +130,7 @@ def play(
             for player in players:
                 player.result()  # raises what a player ran into
         finally:
-            handle.shutdown()
+            handle.shutdown(urgency=1)  # the first wish of that kind; those of signals come on top
             handle.wait_for_shutdown()
         return ledger.report()
 
@@ -162,16 +162,15 @@ def _share(whole: int, place: int, parts: int) -> int:
     return whole // parts + (place < whole % parts)
 
 
-def _stop_on_signals(game_over: threading.Event) -> None:
-    """Let the first Ctrl-C, or SIGTERM, end the game; the second one acts as in any program."""
+def _stop_on_signals(handle: RunnerHandle, game_over: threading.Event) -> None:
+    """Let Ctrl-C, or SIGTERM, end the game; the second one also interrupts what runs."""
 
     def stop() -> None:
         game_over.set()
-        for watcher in watchers:
-            watcher.cancel()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        handle.shutdown()
 
-    watchers = [gevent.signal_handler(number, stop) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        gevent.signal_handler(number, stop)
 
 
 def _log_to(console: Console, *, quiet: bool) -> None:

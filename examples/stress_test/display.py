@@ -139,7 +139,7 @@ def _seconds(seconds: float | None) -> str:
 def _remarks(total: Score) -> Iterator[str]:
     yield ""
     if total.awaiting_retry:
-        yield f"Awaiting retry: {total.awaiting_retry}. They failed, and were not due again before the game was over."
+        yield f"Awaiting retry: {total.awaiting_retry}. They failed or were interrupted, and then the game was over."
     if total.given_up:
         yield f"Given up: {total.given_up}. They failed as often as they may."
     if total.not_started:

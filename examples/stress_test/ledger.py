@@ -124,7 +124,8 @@ WITH jobs AS (
         job.state,
         extract(epoch FROM min(run.started_at) - move.made_at)::float8 AS wait_seconds,
         count(run.id) AS runs,
-        count(DISTINCT run.attempt) AS attempts,
+        count(run.outcome) AS ends,
+        count(DISTINCT run.attempt) FILTER (WHERE run.outcome IS NOT NULL) AS ended_attempts,
         count(*) FILTER (WHERE run.outcome = 'done') AS successes
     FROM ledger_moves AS move
     LEFT JOIN ledger_runs AS run ON run.job_id = move.job_id
@@ -137,7 +138,7 @@ SELECT
     kind,
     wait_seconds,
     CASE
-        WHEN runs > attempts THEN 'ran twice'
+        WHEN ends > ended_attempts THEN 'ran twice'
         WHEN successes > 1 THEN 'ran twice'
         WHEN successes = 1 AND state IS NOT NULL THEN 'ran twice'  -- or is about to
         WHEN successes = 1 THEN 'done'
@@ -185,19 +186,21 @@ class Ledger:
 
     @contextmanager
     def run(self) -> Iterator[None]:
-        """Write down this attempt of the current job: that it starts before the block, how it ended after it."""
+        """Write down this attempt of the current job: that it starts before the block, how it ended after it.
+
+        An attempt that is interrupted has no end: the job is given back, and makes the same attempt again.
+        """
         with self._cursor() as cursor:
             cursor.execute(
                 _NOTE_START, {"job_id": current_job.id, "kind": current_job.name, "attempt": current_job.attempt}
             )
             run = cursor.fetchone()
-        outcome = "failed"
         try:
             yield
-            outcome = "done"
-        finally:
-            with self._cursor() as cursor:
-                cursor.execute(_NOTE_END, {"run": run, "outcome": outcome})
+        except Exception:
+            self._note_end(run, "failed")
+            raise
+        self._note_end(run, "done")
 
     def progress(self, *, remaining_seconds: float) -> Progress:
         """The game at this moment, which is over in that many seconds."""
@@ -220,6 +223,10 @@ class Ledger:
             lost=[job_id for job_id, fate in wrong if fate == "lost"],
             ran_twice=[job_id for job_id, fate in wrong if fate == "ran twice"],
         )
+
+    def _note_end(self, run: object, outcome: str) -> None:
+        with self._cursor() as cursor:
+            cursor.execute(_NOTE_END, {"run": run, "outcome": outcome})
 
     @contextmanager
     def _cursor(self) -> Iterator[Cursor]:
