@@ -77,6 +77,7 @@ class Job(Generic[P, R]):
         priority: int = 0,
         max_retries: int | None = None,
         unique: bool = False,
+        aliases: Iterable[str] = (),
     ) -> None:
         if not callable(function):
             raise JobDefinitionError(f"@job takes a function, or keyword arguments such as queue=…, not {function!r}")
@@ -89,6 +90,7 @@ class Job(Generic[P, R]):
         self._max_retries = max_retries
         self.unique = unique
         self._check()
+        self.aliases = _checked_aliases(aliases, self.name)
         self.codec = Codec(function, job_name=self.name)
         self._plain_call: Call[P] = Call(self, _Options())
 
@@ -257,6 +259,7 @@ def job(
     priority: int = 0,
     max_retries: int | None = None,
     unique: bool = False,
+    aliases: Iterable[str] = (),
 ) -> Callable[[Callable[P, R]], Job[P, R]]: ...
 
 
@@ -265,23 +268,25 @@ def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
 
     `name` is what rows call it (default: the function's name; keep it when the function is renamed or moves);
     `priority` is larger for earlier, -32767 to 32767; `max_retries` counts tries after the first; with `unique`, an
-    unstarted job of the same arguments is not enqueued again. Raises JobDefinitionError, when the module is imported.
+    unstarted job of the same arguments is not enqueued again; `aliases` are names that it had before, whose rows it
+    runs, too. Raises JobDefinitionError, when the module is imported.
     """
     if function is None:
         return lambda decorated: _register(Job(decorated, **settings))
     return _register(Job(function))
 
 
+# By name and by alias.
 _registry: dict[str, Job[Any, Any]] = {}
 
 
 def registered_jobs() -> dict[str, Job[Any, Any]]:
-    """All jobs declared in this process, by name."""
-    return dict(_registry)
+    """All jobs declared in this process, by name; each is there once, whatever other names it has."""
+    return {name: job for name, job in _registry.items() if name == job.name}
 
 
 def find_job(name: str) -> Job[Any, Any]:
-    """The job of that name; raises UnknownJob."""
+    """The job of that name, or that had it before; raises UnknownJob."""
     try:
         return _registry[name]
     except KeyError:
@@ -290,13 +295,18 @@ def find_job(name: str) -> Job[Any, Any]:
 
 
 def _register(new: Job[P, R]) -> Job[P, R]:
-    known = _registry.get(new.name)
-    if known is not None and _origin(known) != _origin(new):
-        raise JobDefinitionError(
-            f"two jobs are named {new.name!r}: {known!r} and {new!r}; give one of them another with @job(name=…)"
-        )
-    # The same function again: its module was reloaded, or is both __main__ and itself.
-    _registry[new.name] = new
+    for name in (new.name, *new.aliases):
+        known = _registry.get(name)
+        # The same function again, under the same name: its module was reloaded, or is both __main__ and itself.
+        if known is not None and (known.name != new.name or _origin(known) != _origin(new)):
+            raise JobDefinitionError(
+                f"two jobs are named {name!r}: {known!r} and {new!r}; give one of them another with @job(name=…), "
+                f"or take the name out of the aliases of one"
+            )
+    former = _registry.get(new.name)
+    for alias in former.aliases if former is not None else ():
+        del _registry[alias]
+    _registry.update(dict.fromkeys((new.name, *new.aliases), new))
     return new
 
 
@@ -447,6 +457,20 @@ def check_queue_name(queue: object, where: str, error: type[Exception]) -> str:
         return config.queue_name(queue)
     except ValueError:
         raise error(f"{where} is {queue!r}; allowed: {config.OPTIONS['default_queue'].allowed}") from None
+
+
+def _checked_aliases(aliases: object, name: str) -> tuple[str, ...]:
+    if isinstance(aliases, str) or not isinstance(aliases, Iterable):
+        raise JobDefinitionError(f"{name}: aliases is {aliases!r}; allowed: a list of names that the job had before")
+    names = tuple(aliases)
+    for alias in names:
+        if not isinstance(alias, str) or not _JOB_NAME.fullmatch(alias):
+            raise JobDefinitionError(
+                f"{name}: the alias {alias!r} is no job name: 1 to 200 letters, digits, '_', '.', ':', '/' or '-'"
+            )
+        if alias == name:
+            raise JobDefinitionError(f"{name}: the alias {alias!r} is its name; leave it out")
+    return tuple(dict.fromkeys(names))
 
 
 def _check_priority(priority: object, name: str, error: type[Exception]) -> None:

@@ -63,13 +63,17 @@ class Runner:
         self._stops_when_empty = False
 
     def register(self, *jobs: Job[Any, Any]) -> Runner:
-        """Let it run these jobs. A queue that is nobody's yet gets a pool of its own when the runner starts."""
+        """Let it run these jobs, rows under their aliases included.
+
+        A queue that is nobody's yet gets a pool of its own when the runner starts.
+        """
         for job in jobs:
             if not isinstance(job, Job):
                 raise ConfigError(f"register takes jobs, functions decorated with @job, not {job!r}")
-            known = self._jobs.setdefault(job.name, job)
-            if known is not job:
-                raise ConfigError(f"two jobs are named {job.name!r}: {known!r} and {job!r}")
+            for name in (job.name, *job.aliases):
+                known = self._jobs.setdefault(name, job)
+                if known is not job:
+                    raise ConfigError(f"two jobs are named {name!r}: {known!r} and {job!r}")
         return self
 
     def configure_queue(self, queue: str, *, pool: int | None = None, poll_interval: float | None = None) -> Runner:
