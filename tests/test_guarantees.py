@@ -223,10 +223,13 @@ def test_failing_job_is_tried_three_times_with_two_retries(site: Site) -> None:
     site.enqueue("fail.delay()")
     for retries in (1, 2):
         site.work_off()
-        assert site.jobs(f"state = 'scheduled' AND run_at > now() AND retries = {retries}") == 1
+        # 1 minute × 2^retries, a tenth more or less.
+        (delay,) = site.column("SELECT extract(epoch FROM run_at - last_retry)::float8 FROM background_jobs")
+        assert delay == pytest.approx(60 * 2**retries, rel=0.1)
+        assert site.jobs(f"state = 'scheduled' AND retries = {retries}") == 1
         site.execute("UPDATE background_jobs SET run_at = now()")
     site.work_off()
-    site.work_off()
+    site.work_off()  # which finds nothing to try any more
     assert site.notes() == ["tried"] * 3
     (errors,) = site.column("SELECT errors FROM background_jobs WHERE state = 'failed'")
     assert [(each["error"], each["message"]) for each in errors] == [
