@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import unquote
@@ -109,6 +110,56 @@ def _one_of(*words: str) -> _Kind[str]:
     return _Kind(parse, " or ".join(f'"{word}"' for word in words))
 
 
+_UNITS = {
+    name: seconds
+    for seconds, names in {
+        1: "s sec secs second seconds",
+        60: "m min mins minute minutes",
+        3_600: "h hour hours",
+        86_400: "d day days",
+        604_800: "w week weeks",
+    }.items()
+    for name in names.split()
+}
+_PART_OF_DURATION = r"(\d+(?:\.\d+)?)\s*([a-z]+)"
+_LONGEST_DURATION_DAYS = 36_500
+
+DURATION_FORMS = f'seconds, or a text such as "90 s", "12h", "7 days" or "1w 3d", up to {_LONGEST_DURATION_DAYS:,} days'
+
+
+def duration(value: object) -> float:
+    """Return the seconds of a number of seconds, a timedelta, or a text as in DURATION_FORMS; else raise ValueError."""
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+    elif isinstance(value, str):
+        seconds = _seconds_of_text(value.strip().lower())
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = float(value)
+    else:
+        raise ValueError
+    # Written so that NaN, which no comparison holds for, is refused too.
+    if not 0 <= seconds <= _LONGEST_DURATION_DAYS * 86_400:
+        raise ValueError
+    return seconds
+
+
+def _seconds_of_text(text: str) -> float:
+    if re.fullmatch(r"\d+(?:\.\d+)?", text, re.ASCII):
+        return float(text)
+    if not re.fullmatch(rf"(?:{_PART_OF_DURATION}\s*)+", text, re.ASCII):
+        raise ValueError
+    seconds = 0.0
+    for number, unit in re.findall(_PART_OF_DURATION, text, re.ASCII):
+        if unit not in _UNITS:
+            raise ValueError
+        seconds += float(number) * _UNITS[unit]
+    return seconds
+
+
+def _how_long_to_keep(value: object) -> float:
+    return 0.0 if isinstance(value, str) and value.strip().lower() == "forever" else duration(value)
+
+
 # The scheme is all that is looked at: the rest is for libpq, which knows hosts, options and their versions better.
 _POSTGRES_URL = re.compile(r"(postgres|postgresql)(?:\+psycopg2?)?(://[^\x00-\x1f\x7f]*)", re.IGNORECASE)
 _EMBEDDED_URL = re.compile(r"embedded:(?:|///[^\x00-\x1f\x7f]*|(?!//)[^\x00-\x1f\x7f]+)")
@@ -187,6 +238,11 @@ class Settings:
         3,
         _number(int, "a whole number", 1, 1_000),
         "How many runners may die while they hold a job before it is given up.",
+    )
+    keep_failed: float = _option(
+        30 * 86_400.0,
+        _Kind(_how_long_to_keep, f'{DURATION_FORMS}; or "forever", which is 0'),
+        'How long failed jobs are kept, in seconds or as in "30 days"; then runners delete them. "forever": never.',
     )
     grace: float = _option(
         30.0,
