@@ -37,7 +37,8 @@ _CONTEST_ROUNDS = 10
 class NewJobs:
     """Jobs of one type to enqueue together. `data` is a JSON object as text for each.
 
-    `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, or is None for none.
+    `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, or is None for none. `options` is a
+    JSON object as text: what all of them say otherwise than their job.
     """
 
     job_type: str
@@ -47,6 +48,7 @@ class NewJobs:
     delay_seconds: float = 0.0
     run_at: datetime | None = None
     unique_keys: Sequence[str] | None = None
+    options: str | None = None
 
 
 class Enqueued(NamedTuple):
@@ -57,7 +59,10 @@ class Enqueued(NamedTuple):
 
 
 class ClaimedJob(NamedTuple):
-    """A row as the claim returns it. `data` is JSON text, `created_at` in seconds since 1970, `waited` in seconds."""
+    """A row as the claim returns it.
+
+    `data` and `options` are JSON texts, `created_at` is in seconds since 1970, `waited` in seconds.
+    """
 
     id: int
     job_type: str
@@ -68,6 +73,7 @@ class ClaimedJob(NamedTuple):
     crashes: int
     created_at: float
     waited: float
+    options: str | None
 
 
 class ClaimCursor(NamedTuple):
@@ -92,6 +98,13 @@ class Failure(NamedTuple):
     error: Mapping[str, Any]
 
 
+class Snoozed(NamedTuple):
+    """An attempt that is to be made again, as if it had not been made, in so many seconds."""
+
+    fence: Fence
+    seconds: float
+
+
 class Rescued(NamedTuple):
     """One job that was taken from a dead runner: whether it waits again, or failed because too many of them died."""
 
@@ -108,7 +121,7 @@ class Rescued(NamedTuple):
 # sooner than a promoter looks by itself; only then is there a second one, which notifies. NOTIFY takes a lock on the
 # whole database when it commits, so a busy system had better do without.
 _ENQUEUE = """
-INSERT INTO background_jobs (job_type, data, queue, priority, run_at, state{key_column})
+INSERT INTO background_jobs (job_type, data, queue, priority, run_at, state, options{key_column})
 SELECT
     %(job_type)s,
     given.data,
@@ -118,7 +131,8 @@ SELECT
     CASE
         WHEN coalesce(%(run_at)s, now() + make_interval(secs => %(delay)s)) > now() THEN 'scheduled'
         ELSE 'available'
-    END
+    END,
+    %(options)s
     {key}
 FROM {given}
 ORDER BY given.place
@@ -172,6 +186,7 @@ _ENQUEUE_TYPES = {
     "priority": "smallint",
     "run_at": "timestamptz",
     "delay": "float8",
+    "options": "jsonb",
 }
 
 
@@ -262,6 +277,7 @@ def _enqueue(connection: Connection, jobs: NewJobs, *, in_transaction: bool) -> 
         "priority": jobs.priority,
         "run_at": jobs.run_at,
         "delay": jobs.delay_seconds,
+        "options": jobs.options,
     }
     cursor = connection.cursor()
     if jobs.unique_keys is not None:
@@ -353,7 +369,8 @@ RETURNING
     priority,
     crashes,
     date_part('epoch', created_at),
-    date_part('epoch', now() - greatest(run_at, created_at))
+    date_part('epoch', now() - greatest(run_at, created_at)),
+    options::text
 """
 
 _CLAIM_TYPES = {"runner": "int", "queue": "text", "job_types": "text[]", "limit": "int"}
@@ -491,6 +508,28 @@ def give_back(connection: Connection, runners: Sequence[int], unfinished: Sequen
     return _to_waiting(connection, held, _GIVE_BACK, _fences(runners, unfinished))
 
 
+_SNOOZE = """
+UPDATE background_jobs AS job
+SET
+    state = 'scheduled',
+    run_at = now() + make_interval(secs => snoozed.seconds),
+    claimed_by = NULL,
+    claimed_at = NULL
+FROM unnest(%(ids)s::bigint[], %(attempts)s::int[], %(seconds)s::float8[]) AS snoozed (id, attempt, seconds)
+WHERE job.id = snoozed.id
+    AND job.attempt = snoozed.attempt
+    AND job.claimed_by = ANY(%(runners)s::int[])
+RETURNING job.id
+"""
+
+
+def snooze(connection: Connection, runners: Sequence[int], snoozed: Sequence[Snoozed]) -> set[int]:
+    """Put claimed jobs off without counting anything; returns the ids still held."""
+    fences = [each.fence for each in snoozed]
+    parameters = {**_fences(runners, fences), "seconds": [each.seconds for each in snoozed]}
+    return _to_waiting(connection, [fence.id for fence in fences], _SNOOZE, parameters)
+
+
 _DROP_CONTESTED_KEYS = """
 UPDATE background_jobs AS job
 SET unique_key = NULL
@@ -532,6 +571,65 @@ def _int_array(numbers: Iterable[int]) -> str:
     """PostgreSQL's text form of an array. psycopg2 would adapt every number by itself, which takes it longer than all
     else that an acknowledge does."""
     return "{" + ",".join(map(str, numbers)) + "}"
+
+
+# --- cancel -----------------------------------------------------------------------------------------------------------
+
+_REMOVE_WAITING = """
+DELETE FROM background_jobs
+WHERE id = ANY(%(ids)s)
+    AND state IN ('scheduled', 'available')
+RETURNING id
+"""
+
+_ASK_CANCEL = """
+WITH asked AS (
+    UPDATE background_jobs
+    SET cancel_asked_at = now()
+    WHERE id = ANY(%(ids)s)
+        AND state = 'running'
+    RETURNING id
+)
+SELECT id, pg_notify('greenjobs', 'cancel:' || id)
+FROM asked
+"""
+
+# Between the two looks of one round a job may start, or go back to waiting; it is met in the next round, then.
+_CANCEL_ROUNDS = 3
+
+
+def cancel(connection: Connection, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Remove those of these jobs that wait, and ask for the end of those that run; returns both, by id.
+
+    Jobs that are done, failed or unknown are in neither.
+    """
+    removed: set[int] = set()
+    asked: set[int] = set()
+    for _ in range(_CANCEL_ROUNDS):
+        pending = [id for id in ids if id not in removed and id not in asked]
+        if not pending:
+            break
+        with connection.cursor() as cursor:
+            cursor.execute(_REMOVE_WAITING, {"ids": pending})
+            removed.update(row[0] for row in cursor.fetchall())
+            cursor.execute(_ASK_CANCEL, {"ids": pending})
+            asked.update(row[0] for row in cursor.fetchall())
+    return sorted(removed), sorted(asked)
+
+
+# A job whose end was asked for may have come back from a dead runner, or from one that stopped, instead of ending.
+_REMOVE_CANCELLED = """
+DELETE FROM background_jobs
+WHERE cancel_asked_at IS NOT NULL
+    AND state IN ('scheduled', 'available')
+"""
+
+
+def remove_cancelled(connection: Connection) -> int:
+    """Remove jobs that were cancelled while they ran and wait again since; returns how many."""
+    with connection.cursor() as cursor:
+        cursor.execute(_REMOVE_CANCELLED)
+        return cursor.rowcount
 
 
 # --- promote, route, rescue -------------------------------------------------------------------------------------------
@@ -876,3 +974,94 @@ def wake(connection: Connection, queues: Sequence[str]) -> None:
     """Wake every worker that waits at one of these queues."""
     with connection.cursor() as cursor:
         _WAKE.run(cursor, {"queues": list(queues)})
+
+
+# --- jobs that people change ------------------------------------------------------------------------------------------
+
+# Locked in one order, so that two who change the same jobs wait for each other, and never in a circle. Whoever had to
+# wait looks at the row anew: one that is claimed, retried or failed again by then is no longer the one that was chosen.
+_CHOSEN = """
+WITH chosen AS (
+    SELECT job.id
+    FROM unnest(%(ids)s::bigint[], %(attempts)s::int[]) AS fence (id, attempt)
+    JOIN background_jobs AS job ON job.id = fence.id
+    WHERE job.attempt = fence.attempt
+        AND job.state = ANY(%(states)s)
+    ORDER BY job.id
+    FOR UPDATE OF job
+)
+"""
+
+# Whose runner died stays a suspect, which is claimed alone; but one death is not the last yet.
+_RETRY = f"""
+{_CHOSEN}
+UPDATE background_jobs AS job
+SET
+    state = 'available',
+    run_at = now(),
+    retries = CASE job.state WHEN 'failed' THEN 0 ELSE job.retries END,
+    crashes = CASE job.state WHEN 'failed' THEN least(job.crashes, 1) ELSE job.crashes END
+FROM chosen
+WHERE job.id = chosen.id
+RETURNING job.id, job.queue
+"""
+
+
+def retry(connection: Connection, chosen: Sequence[Fence], *, states: Sequence[str]) -> dict[int, str | None]:
+    """Make jobs in these states available, with all their retries before them; returns their queues by id.
+
+    Those that have moved on since they were chosen are left alone. Raises UniqueViolation, and has changed nothing,
+    when another job with the unique key of one of them has not started.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_RETRY, {**_chosen(chosen), "states": list(states)})
+        return dict(cursor.fetchall())
+
+
+_DISCARD = f"""
+{_CHOSEN}
+DELETE FROM background_jobs AS job
+USING chosen
+WHERE job.id = chosen.id
+RETURNING job.id
+"""
+
+
+def discard(connection: Connection, chosen: Sequence[Fence], *, states: Sequence[str]) -> set[int]:
+    """Delete jobs in these states, of which running must not be one; returns the ids of those that were deleted.
+
+    Those that have moved on since they were chosen are left alone.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_DISCARD, {**_chosen(chosen), "states": list(states)})
+        return {row[0] for row in cursor.fetchall()}
+
+
+def _chosen(chosen: Sequence[Fence]) -> dict[str, Any]:
+    return {
+        "ids": _int_array(fence.id for fence in chosen),
+        "attempts": _int_array(fence.attempt for fence in chosen),
+    }
+
+
+# A row that was inserted as failed, or made so by hand, may say that it was last tried in 1970.
+_PRUNE = """
+DELETE FROM background_jobs
+WHERE id = ANY(ARRAY(
+    SELECT id
+    FROM background_jobs
+    WHERE state = 'failed'
+        AND last_retry < now() - make_interval(secs => %(age)s)
+        AND created_at < now() - make_interval(secs => %(age)s)
+    ORDER BY last_retry
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+))
+"""
+
+
+def prune(connection: Connection, *, age_seconds: float, limit: int) -> int:
+    """Delete up to `limit` jobs that failed that long ago, the oldest first; returns how many."""
+    with connection.cursor() as cursor:
+        cursor.execute(_PRUNE, {"age": age_seconds, "limit": limit})
+        return cursor.rowcount
