@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
@@ -10,22 +9,21 @@ import platform
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import click
 import gevent
-import psycopg2
 
 from greenjobs import config, inspection, migrate, pool
+from greenjobs.cli_options import configure, plain_errors, setting_options
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
 from greenjobs.loading import load_application
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
-from greenjobs.supervisor import EXIT_MISTAKE, LOG_FORMAT
+from greenjobs.supervisor import EXIT_MISTAKE
 from greenjobs.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -33,24 +31,6 @@ logger = logging.getLogger(__name__)
 EXIT_INTERRUPTED = 3
 
 _QUEUE_FORM = "NAME[:POOL][:poll=SECONDS], such as emails:20 or indexing:5:poll=30"
-
-_Command = Callable[..., Any]
-
-
-def _option(name: str, *flags: str) -> Callable[[_Command], _Command]:
-    """The command line option for a setting; its value is checked where every other source's is."""
-    setting = config.OPTIONS[name]
-    flag = "--" + name.replace("_", "-")
-    return click.option(flag, *flags, name, metavar=name.split("_")[-1].upper(), help=setting.help)
-
-
-def _settings(*names: str) -> Callable[[_Command], _Command]:
-    def decorate(command: _Command) -> _Command:
-        for name in reversed(names):
-            command = _option(name)(command)
-        return command
-
-    return decorate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -60,7 +40,7 @@ def main() -> None:
 
 
 @main.command()
-@_settings(
+@setting_options(
     "app",
     "database_url",
     "session_url",
@@ -90,8 +70,8 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
     Without --queue it serves every queue that the jobs name. The application is found as Flask finds it, unless --app
     names it. With --processes, --max-jobs, --max-memory or --reload, a supervisor keeps the processes at work.
     """
-    with _plain_errors():
-        settings = _configure(arguments)
+    with plain_errors():
+        settings = configure(arguments)
         line = Line.open(settings)
         if line is None and (reload or settings.needs_supervisor):
             raise ConfigError(
@@ -112,9 +92,11 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
             runner.shutdown_when_queue_empty()
         if line is not None:
             line.begin()
-        handle = runner.start()
-        _banner(url, handle, jobs)
+        handle = runner.prepare()
+        # Before the start, in which jobs may begin: from then on a signal must not just end the process.
         _handle_signals(handle)
+        handle.start()
+        _banner(url, handle, jobs)
         if line is not None:
             line.report_up(handle)
         handle.wait_for_shutdown()
@@ -124,16 +106,16 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
 
 
 @main.command("migrate")
-@_settings("database_url", "session_url")
+@setting_options("database_url", "session_url")
 @click.option("--check", is_flag=True, help="Change nothing; exit with 1 when something would be.")
 @click.option("--sql", is_flag=True, help="Print the SQL of all migrations, for those who migrate in another way.")
 def migrate_command(check: bool, sql: bool, **arguments: str | None) -> None:
     """Bring the tables up to date. Any number of processes may do it at once; again is harmless."""
-    with _plain_errors():
+    with plain_errors():
         if sql:
             click.echo(migrate.as_sql(), nl=False)
             return
-        settings = _configure(arguments)
+        settings = configure(arguments)
         url = settings.session_url or settings.require_database_url()
         if check:
             missing = migrate.pending(url)
@@ -147,24 +129,33 @@ def migrate_command(check: bool, sql: bool, **arguments: str | None) -> None:
 
 
 @main.command()
-@_settings("database_url")
+@setting_options("database_url")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def status(as_json: bool, **arguments: str | None) -> None:
-    """Show the queues, how much waits in them, and the live runners."""
-    with _plain_errors():
-        settings = _configure(arguments)
+    """Show the queues, how much waits in them, the live runners, and what waits for none of these."""
+    with plain_errors():
+        settings = configure(arguments)
         with pool.shared_pool(settings).connection() as connection:
             migrate.require_current(connection)
             queues = inspection.queue_statuses(connection)
             runners = inspection.live_runners(connection)
+            unknown = inspection.unknown_job_types(connection)
     if as_json:
-        document = {"queues": [asdict(queue) for queue in queues], "runners": [asdict(runner) for runner in runners]}
+        document = {
+            "queues": [asdict(queue) for queue in queues],
+            "runners": [asdict(runner) for runner in runners],
+            "unknown_job_types": [asdict(job_type) for job_type in unknown],
+        }
         click.echo(json.dumps(document, default=str, indent=2))
         return
-    _print_status(queues, runners)
+    _print_status(queues, runners, unknown)
 
 
-def _print_status(queues: list[inspection.QueueStatus], runners: list[inspection.RunnerStatus]) -> None:
+def _print_status(
+    queues: list[inspection.QueueStatus],
+    runners: list[inspection.RunnerStatus],
+    unknown: list[inspection.UnknownJobType],
+) -> None:
     rows = [("queue", "available", "running", "scheduled", "failed", "oldest waiting")]
     for queue in queues:
         oldest = queue.oldest_waiting_seconds
@@ -189,14 +180,11 @@ def _print_status(queues: list[inspection.QueueStatus], runners: list[inspection
         served = ", ".join(f"{name} ({options['pool']:g})" for name, options in runner.queues.items())
         since = runner.started_at.isoformat(" ", "seconds")
         click.echo(f"runner {runner.id}: {runner.hostname}:{runner.pid}, since {since}, serves {served}")
-
-
-def _configure(arguments: dict[str, str | None]) -> config.Settings:
-    config.configure(**arguments)
-    settings = config.current()
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=settings.log_level, format=LOG_FORMAT, stream=sys.stderr)
-    return settings
+    if unknown:
+        click.echo()
+        click.echo("waiting, and no live runner knows the job type:")
+    for job_type in unknown:
+        click.echo(f"  {job_type.job_type}: {job_type.count}")
 
 
 def _load_application(name: str | None) -> Any:
@@ -245,17 +233,7 @@ def _handle_signals(handle: RunnerHandle) -> None:
     signals = itertools.count(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         gevent.signal_handler(number, lambda: handle.shutdown(urgency=next(signals)))
+    # The terminal was closed, or the supervisor killed; nohup makes it ignored, and so it stays.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        gevent.signal_handler(signal.SIGHUP, lambda: handle.shutdown(urgency=1))
     gevent.signal_handler(signal.SIGQUIT, lambda: click.echo(handle.stacks(), err=True))
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Errors that a person can mend are one line, not a traceback; the exit status is 2."""
-    try:
-        yield
-    except GreenjobsError as error:
-        click.echo(f"greenjobs: {error}", err=True)
-        sys.exit(EXIT_MISTAKE)
-    except psycopg2.Error as error:
-        click.echo(f"greenjobs: the database says: {str(error).strip()}", err=True)
-        sys.exit(EXIT_MISTAKE)
