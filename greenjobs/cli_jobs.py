@@ -1,0 +1,291 @@
+"""`greenjobs jobs`: look at the jobs in the table, and retry, cancel, discard or prune them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import click
+
+from greenjobs import jobs, migrate, pool
+from greenjobs.cli_options import Command, configure, plain_errors, setting_options
+from greenjobs.errors import OptionError
+from greenjobs.jobs import Outcome, Plan, StoredJob
+
+# What was asked for by id could not be done, or not for all.
+EXIT_LEFT_ALONE = 1
+
+_LIST_LIMIT = 100
+_SHOWN_LEFT_ALONE = 10
+_LONGEST_ERROR = 80
+
+_DONE = {"retry": "retried", "cancel": "cancelled", "discard": "discarded", "prune": "pruned"}
+
+
+@click.group("jobs")
+def jobs_group() -> None:
+    """Look at jobs, and retry, cancel, discard or prune them.
+
+    Jobs are named by id, by filters, or both; all that is said must hold. An AGE is in seconds or as in 90s, 12h,
+    "7 days": since the job failed, if it is failed, else since it was enqueued.
+    """
+
+
+def _filters(command: Command) -> Command:
+    type_flags = ("--type", "--job-type", "job_type")
+    for option in reversed(
+        [
+            click.option("--queue", multiple=True, metavar="NAME", help="Jobs in this queue; again for more."),
+            click.option(*type_flags, multiple=True, metavar="NAME", help="Jobs of this type; again for more."),
+            click.option("--error", metavar="TEXT", help="Jobs with this in their last error, in any case."),
+            click.option("--older-than", metavar="AGE", help="Jobs of at least this age."),
+            click.option("--newer-than", metavar="AGE", help="Jobs of at most this age."),
+            click.option("--limit", type=int, metavar="COUNT", help="So many jobs at most, the newest ones."),
+            click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs."),
+            setting_options("database_url"),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _named(command: Command) -> Command:
+    states = f"{', '.join(jobs.STATES[:-1])} or {jobs.STATES[-1]}"
+    help = f"Jobs that are {states}; again for more."
+    command = click.option("--state", multiple=True, metavar="STATE", help=help)(command)
+    return click.argument("ids", type=int, nargs=-1, metavar="[ID]...")(command)
+
+
+def _careful(command: Command) -> Command:
+    command = click.option("--yes", is_flag=True, help="Do not ask, where it is more than one job.")(command)
+    return click.option("--dry-run", is_flag=True, help="Change nothing; print what would be.")(command)
+
+
+@jobs_group.command("list")
+@_named
+@_filters
+def list_command(
+    ids: tuple[int, ...], limit: int | None, as_json: bool, database_url: str | None, **filters: Any
+) -> None:
+    """List jobs, the newest first."""
+    with plain_errors(), _database(database_url):
+        limit = _LIST_LIMIT if limit is None else limit
+        given = _given(filters)
+        found = jobs.find(*ids, limit=limit, **given)
+        total = len(found) if len(found) < limit else jobs.count(*ids, **given)
+    if as_json:
+        _print_json([asdict(job) for job in found])
+        return
+    _print_table(found)
+    if total > len(found):
+        click.echo(f"\n{len(found)} of {total} jobs; --limit shows more")
+
+
+@jobs_group.command("show")
+@click.argument("ids", type=int, nargs=-1, required=True, metavar="ID...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@setting_options("database_url")
+def show_command(ids: tuple[int, ...], as_json: bool, database_url: str | None) -> None:
+    """Show all that the table has about jobs: arguments, attempts, errors with their tracebacks."""
+    with plain_errors(), _database(database_url):
+        by_id = {job.id: job for job in jobs.find(*ids, limit=None)}
+    found = [by_id[id] for id in dict.fromkeys(ids) if id in by_id]
+    if as_json:
+        _print_json([asdict(job) for job in found])
+    else:
+        click.echo("\n\n".join(_description(job) for job in found), nl=bool(found))
+    missing = [id for id in ids if id not in by_id]
+    for id in missing:
+        click.echo(f"greenjobs: there is no job {id}; it is done, or was deleted, or never was", err=True)
+    if missing:
+        sys.exit(EXIT_LEFT_ALONE)
+
+
+@jobs_group.command("retry")
+@_named
+@_filters
+@_careful
+def retry_command(**arguments: Any) -> None:
+    """Make jobs available now, with all their retries before them.
+
+    That is failed jobs; and scheduled ones, where they are named by id or --state.
+    """
+    _act("retry", **arguments)
+
+
+@jobs_group.command("cancel")
+@_named
+@_filters
+@_careful
+def cancel_command(**arguments: Any) -> None:
+    """End jobs: those that wait are deleted, those that run are asked to end."""
+    _act("cancel", **arguments)
+
+
+@jobs_group.command("discard")
+@_named
+@_filters
+@_careful
+def discard_command(**arguments: Any) -> None:
+    """Delete jobs that do not run.
+
+    That is failed jobs; and waiting ones, where they are named by id or --state.
+    """
+    _act("discard", **arguments)
+
+
+@jobs_group.command("prune")
+@_filters
+@_careful
+def prune_command(**arguments: Any) -> None:
+    """Delete jobs that failed longer ago than --older-than, or than keep_failed of the settings."""
+    _act("prune", **arguments)
+
+
+def _act(
+    action: jobs.Action,
+    *,
+    ids: tuple[int, ...] = (),
+    limit: int | None,
+    as_json: bool,
+    database_url: str | None,
+    dry_run: bool,
+    yes: bool,
+    **filters: Any,
+) -> None:
+    with plain_errors(), _database(database_url):
+        plan = jobs.plan(action, *ids, limit=limit, **_given(filters))
+        if not dry_run and len(plan.ids) > 1 and not yes:
+            _confirm(plan)
+        outcome = Outcome(plan.ids, (), plan.left_alone) if dry_run else plan.carry_out()
+    if as_json:
+        _print_json({"action": action, "dry_run": dry_run, **asdict(outcome)})
+    else:
+        _print_outcome(action, outcome, dry_run=dry_run)
+    if any(id in outcome.left_alone for id in ids):
+        sys.exit(EXIT_LEFT_ALONE)
+
+
+def _confirm(plan: Plan) -> None:
+    """Ask whether so many jobs are meant, where there is somebody to ask; end the command if they are not."""
+    count = len(plan.ids)
+    if not sys.stdin.isatty():
+        raise OptionError(
+            f"this would {plan.action} {count} jobs, and nobody is here to be asked whether that is meant; "
+            f"say --yes, or --dry-run to see which"
+        )
+    click.confirm(f"{plan.action} {count} jobs?", abort=True, err=True)
+
+
+@contextlib.contextmanager
+def _database(database_url: str | None) -> Iterator[None]:
+    """The settings of a command, and a database that is as this release needs it."""
+    settings = configure({"database_url": database_url})
+    with pool.shared_pool(settings).connection() as connection:
+        migrate.require_current(connection)
+    yield
+
+
+def _given(filters: dict[str, Any]) -> Any:
+    """The filters as greenjobs.jobs takes them: where an option may be repeated, click says () for not given."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in filters.items() if value != ()}
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, default=_as_json, indent=2))
+
+
+def _as_json(value: Any) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def _print_table(found: Sequence[StoredJob]) -> None:
+    rows = [("id", "type", "queue", "state", "age", "failures", "last error")]
+    for job in found:
+        error = _on_one_line(job.error or "")
+        rows.append(
+            (
+                str(job.id),
+                _on_one_line(job.job_type),
+                _on_one_line(job.queue or "(none yet)"),
+                job.state,
+                _age(job.age_seconds),
+                str(job.retries),
+                error if len(error) <= _LONGEST_ERROR else f"{error[: _LONGEST_ERROR - 1]}…",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    adjust: list[Callable[[str, int], str]] = [str.rjust, str.ljust, str.ljust, str.ljust, str.rjust, str.rjust]
+    adjust.append(str.ljust)
+    for row in rows:
+        cells = [each(cell, width) for each, cell, width in zip(adjust, row, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _description(job: StoredJob) -> str:
+    times = [("created at", job.created_at), ("to run at", job.run_at), ("last tried at", job.last_retry)]
+    facts = [
+        ("state", job.state if job.runner is None else f"{job.state}, on {job.runner} since {_moment(job.claimed_at)}"),
+        ("queue", _on_one_line(job.queue or "(none yet)")),
+        ("priority", str(job.priority)),
+        *[(name, _moment(at)) for name, at in times if at is not None],
+        ("claims", str(job.attempt)),
+        ("failures", str(job.retries)),
+        ("crashes", str(job.crashes)),
+        *([("unique key", job.unique_key)] if job.unique_key is not None else []),
+        ("arguments", _visible(json.dumps(job.data, ensure_ascii=False))),
+    ]
+    lines = [f"job {job.id}: {_on_one_line(job.job_type)}", *[f"  {name:14}{value}" for name, value in facts]]
+    for error in job.errors:
+        where = f"attempt {error.get('attempt')} at {error.get('at')} on {error.get('runner')}"
+        lines += ["", _visible(f"  {where}: {error.get('error')}: {error.get('message')}")]
+        lines += [f"    {line}" for line in _visible(str(error.get("traceback") or "")).splitlines()]
+    return "\n".join(lines)
+
+
+def _moment(at: datetime | None) -> str:
+    return "" if at is None else at.isoformat(" ", "seconds")
+
+
+def _print_outcome(action: jobs.Action, outcome: Outcome, *, dry_run: bool) -> None:
+    done = f"would {action}" if dry_run else _DONE[action]
+    if outcome.ids or not outcome.asked:
+        click.echo(f"{done} {_jobs(outcome.ids)}")
+    if outcome.asked:
+        click.echo(f"asked {_jobs(outcome.asked)} to end")
+    if outcome.left_alone:
+        click.echo(f"left alone {_jobs(list(outcome.left_alone))}")
+        for id, why in list(outcome.left_alone.items())[:_SHOWN_LEFT_ALONE]:
+            click.echo(f"  {id}: {why}")
+
+
+def _jobs(ids: Sequence[int]) -> str:
+    """How many, and which where they are few: `2 jobs: 17, 18`."""
+    if not ids:
+        return "no jobs"
+    listed = ", ".join(map(str, ids[:_SHOWN_LEFT_ALONE])) + (", …" if len(ids) > _SHOWN_LEFT_ALONE else "")
+    return f"{len(ids)} job{'s' if len(ids) > 1 else ''}: {listed}"
+
+
+def _on_one_line(text: str) -> str:
+    return _visible(" ".join(text.split()))
+
+
+def _visible(text: str) -> str:
+    """Text from the table, without the characters by which it could steer a terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
