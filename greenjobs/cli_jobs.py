@@ -38,18 +38,17 @@ def jobs_group() -> None:
 
 def _filters(command: Command) -> Command:
     type_flags = ("--type", "--job-type", "job_type")
-    for option in reversed(
-        [
-            click.option("--queue", multiple=True, metavar="NAME", help="Jobs in this queue; again for more."),
-            click.option(*type_flags, multiple=True, metavar="NAME", help="Jobs of this type; again for more."),
-            click.option("--error", metavar="TEXT", help="Jobs with this in their last error, in any case."),
-            click.option("--older-than", metavar="AGE", help="Jobs of at least this age."),
-            click.option("--newer-than", metavar="AGE", help="Jobs of at most this age."),
-            click.option("--limit", type=int, metavar="COUNT", help="So many jobs at most, the newest ones."),
-            click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs."),
-            setting_options("database_url"),
-        ]
-    ):
+    options: list[Callable[[Command], Command]] = [
+        click.option("--queue", multiple=True, metavar="NAME", help="Jobs in this queue; again for more."),
+        click.option(*type_flags, multiple=True, metavar="NAME", help="Jobs of this type; again for more."),
+        click.option("--error", metavar="TEXT", help="Jobs with this in their last error, in any case."),
+        click.option("--older-than", metavar="AGE", help="Jobs of at least this age."),
+        click.option("--newer-than", metavar="AGE", help="Jobs of at most this age."),
+        click.option("--limit", type=int, metavar="COUNT", help="So many jobs at most, the newest ones."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs."),
+        setting_options("database_url"),
+    ]
+    for option in reversed(options):
         command = option(command)
     return command
 
