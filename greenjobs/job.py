@@ -15,6 +15,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from greenjobs import config
+from greenjobs.cron import Timetable
 from greenjobs.errors import (
     ConfigError,
     JobDefinitionError,
@@ -41,6 +42,8 @@ LOWEST_PRIORITY = -32767  # PostgreSQL's smallint goes one further, but that one
 LONGEST_DELAY_SECONDS = 100 * 365 * 24 * 60 * 60.0
 
 _UNDEFINED_TABLE = "42P01"  # PostgreSQL's error code
+
+_MOST_BYTES_OF_NO_ARGUMENTS = 2  # {}
 
 _JOB_NAME = re.compile(r"[\w.:/-]{1,200}")
 
@@ -78,6 +81,10 @@ class Job(Generic[P, R]):
         max_retries: int | None = None,
         unique: bool = False,
         aliases: Iterable[str] = (),
+        cron: str | Iterable[str] | None = None,
+        timezone: str | None = None,
+        catch_up: str | None = None,
+        overlap: bool | None = None,
     ) -> None:
         if not callable(function):
             raise JobDefinitionError(f"@job takes a function, or keyword arguments such as queue=…, not {function!r}")
@@ -92,6 +99,7 @@ class Job(Generic[P, R]):
         self._check()
         self.aliases = _checked_aliases(aliases, self.name)
         self.codec = Codec(function, job_name=self.name)
+        self.timetables = self._read_timetables(cron, timezone=timezone, catch_up=catch_up, overlap=overlap)
         self._plain_call: Call[P] = Call(self, _Options())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -172,6 +180,28 @@ class Job(Generic[P, R]):
         if not isinstance(self.unique, bool):
             raise JobDefinitionError(f"{self.name}: unique is {self.unique!r}; allowed: True or False")
 
+    def _read_timetables(self, cron: str | Iterable[str] | None, **options: Any) -> tuple[Timetable, ...]:
+        given = {name: value for name, value in options.items() if value is not None}
+        if cron is None:
+            if given:
+                raise JobDefinitionError(f"{self.name}: {next(iter(given))} is for jobs with cron, and this has none")
+            return ()
+        try:
+            expressions = (cron,) if isinstance(cron, str) else tuple(cron)
+            timetables = tuple(Timetable(expression, **given) for expression in dict.fromkeys(expressions))
+        except (TypeError, ValueError) as error:
+            raise JobDefinitionError(f"{self.name}: {error}") from None
+        if not timetables:
+            raise JobDefinitionError(f"{self.name}: cron is {cron!r}; allowed: an expression, or a list of them")
+        try:
+            self.codec.encode((), {}, max_bytes=_MOST_BYTES_OF_NO_ARGUMENTS)
+        except TypeError as error:
+            raise JobDefinitionError(
+                f"{self.name}: cron enqueues it without arguments, but {error}; give the arguments with "
+                f"greenjobs.schedules.add(…) or in the settings instead, or give the parameters defaults"
+            ) from None
+        return timetables
+
 
 class Call(Generic[P]):
     """A job with the options of one call, ready for its arguments."""
@@ -201,6 +231,10 @@ class Call(Generic[P]):
             except TypeError as error:
                 raise TypeError(f"call {place} of {self._job.name}: {error}") from error
         return self._enqueue(settings, encoded) if encoded else []
+
+    def enqueue_data(self, data: str) -> JobHandle:
+        """Enqueue a call whose arguments are JSON already, as a schedule keeps them."""
+        return self._enqueue(config.current(), [data])[0]
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
         pool, storage = _database_rooms()
@@ -260,6 +294,10 @@ def job(
     max_retries: int | None = None,
     unique: bool = False,
     aliases: Iterable[str] = (),
+    cron: str | Iterable[str] | None = None,
+    timezone: str | None = None,
+    catch_up: str | None = None,
+    overlap: bool | None = None,
 ) -> Callable[[Callable[P, R]], Job[P, R]]: ...
 
 
@@ -270,6 +308,10 @@ def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     `priority` is larger for earlier, -32767 to 32767; `max_retries` counts tries after the first; with `unique`, an
     unstarted job of the same arguments is not enqueued again; `aliases` are names that it had before, whose rows it
     runs, too. Raises JobDefinitionError, when the module is imported.
+
+    `cron` enqueues it by the clock, without arguments: an expression such as "*/5 * * * *", or a list of them, in
+    `timezone` (default: UTC). `catch_up` ("none", "last" or "all"; default: "last") is for ticks that came while no
+    runner was there; with overlap=False a tick is left out while the job of the one before waits or runs.
     """
     if function is None:
         return lambda decorated: _register(Job(decorated, **settings))
