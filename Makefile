@@ -33,7 +33,7 @@ bench: venv
 
 # Also takes away the private PostgreSQL that the examples use.
 clean:
-	rm -rf .venv .tox .greenjobs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .tox .greenjobs examples/*/.greenjobs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv:

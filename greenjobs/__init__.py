@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from greenjobs.config import configure
+from greenjobs.control import Discard, Retry, Snooze
 from greenjobs.errors import GreenjobsError
 from greenjobs.job import JobHandle, current_job, job
 from greenjobs.version import __version__
@@ -16,7 +17,18 @@ from greenjobs.version import __version__
 if TYPE_CHECKING:
     from greenjobs.runner import Runner
 
-__all__ = ["GreenjobsError", "JobHandle", "Runner", "__version__", "configure", "current_job", "job"]
+__all__ = [
+    "Discard",
+    "GreenjobsError",
+    "JobHandle",
+    "Retry",
+    "Runner",
+    "Snooze",
+    "__version__",
+    "configure",
+    "current_job",
+    "job",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ import gevent
 from gevent.event import Event
 
 from greenjobs import storage
-from greenjobs.storage import Failure, Fence
+from greenjobs.storage import Failure, Fence, Snoozed
 
 if TYPE_CHECKING:
     from greenjobs.service import Service
@@ -70,7 +70,7 @@ class Group(Generic[Item]):
 
 
 class Acknowledger:
-    """Writes outcomes for all workers of a runner: done, failed, or unfinished, which is given back and counts nothing.
+    """Writes outcomes for all workers of a runner: done, failed, put off, or unfinished, which counts nothing.
 
     `on_settled` is called with the ids of jobs whose outcome the database has, or has refused.
     """
@@ -81,20 +81,24 @@ class Acknowledger:
         self.done: Group[Fence] = Group(self._write_done)
         self.failed: Group[Failure] = Group(self._write_failed)
         self.unfinished: Group[Fence] = Group(self._write_unfinished)
+        self.snoozed: Group[Snoozed] = Group(self._write_snoozed)
+        self._groups = (self.done, self.failed, self.unfinished, self.snoozed)
 
     def pending_ids(self) -> set[int]:
         """The jobs that are finished, which the database does not know yet."""
-        fences = self.done.pending + self.unfinished.pending + [failure.fence for failure in self.failed.pending]
+        fences = self.done.pending + self.unfinished.pending
+        fences += [failure.fence for failure in self.failed.pending]
+        fences += [snoozed.fence for snoozed in self.snoozed.pending]
         return {fence.id for fence in fences}
 
     def wait_empty(self) -> None:
         """Block until every outcome so far is in the database."""
-        for group in (self.done, self.failed, self.unfinished):
+        for group in self._groups:
             group.wait_empty()
 
     def stop(self) -> None:
         """End it; see Group.stop."""
-        for group in (self.done, self.failed, self.unfinished):
+        for group in self._groups:
             group.stop()
 
     def _write_done(self, done: Sequence[Fence]) -> None:
@@ -112,6 +116,12 @@ class Acknowledger:
     def _write_unfinished(self, unfinished: Sequence[Fence]) -> None:
         self._service.call(storage.give_back, self._service.runner_ids, unfinished)
         self._on_settled({fence.id for fence in unfinished})
+
+    def _write_snoozed(self, snoozed: Sequence[Snoozed]) -> None:
+        service = self._service
+        failures_before = service.failures
+        held = service.call(storage.snooze, service.runner_ids, snoozed)
+        self._settle(held, [each.fence for each in snoozed], is_sure=service.failures == failures_before)
 
     def _settle(self, held: set[int], fences: Sequence[Fence], *, is_sure: bool) -> None:
         """Report outcomes that were refused. Not `is_sure` when a try before may have been done and not answered."""

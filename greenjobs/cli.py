@@ -16,6 +16,7 @@ import click
 import gevent
 
 from greenjobs import config, inspection, migrate, pool
+from greenjobs.cli_jobs import jobs_group
 from greenjobs.cli_options import configure, plain_errors, setting_options
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
@@ -37,6 +38,9 @@ _QUEUE_FORM = "NAME[:POOL][:poll=SECONDS], such as emails:20 or indexing:5:poll=
 @click.version_option(__version__, prog_name="greenjobs")
 def main() -> None:
     """Background jobs for synchronous Python, in PostgreSQL, on gevent."""
+
+
+main.add_command(jobs_group)
 
 
 @main.command()

@@ -237,7 +237,12 @@ def _age(seconds: float) -> str:
 
 
 def _description(job: StoredJob) -> str:
-    times = [("created at", job.created_at), ("to run at", job.run_at), ("last tried at", job.last_retry)]
+    times = [
+        ("created at", job.created_at),
+        ("to run at", job.run_at),
+        ("last tried at", job.last_retry),
+        ("told to end at", job.cancel_asked_at),
+    ]
     facts = [
         ("state", job.state if job.runner is None else f"{job.state}, on {job.runner} since {_moment(job.claimed_at)}"),
         ("queue", _on_one_line(job.queue or "(none yet)")),
@@ -246,7 +251,8 @@ def _description(job: StoredJob) -> str:
         ("claims", str(job.attempt)),
         ("failures", str(job.retries)),
         ("crashes", str(job.crashes)),
-        *([("unique key", job.unique_key)] if job.unique_key is not None else []),
+        *([("unique key", _on_one_line(job.unique_key))] if job.unique_key is not None else []),
+        *([("options", _visible(json.dumps(job.options)))] if job.options else []),
         ("arguments", _visible(json.dumps(job.data, ensure_ascii=False))),
     ]
     lines = [f"job {job.id}: {_on_one_line(job.job_type)}", *[f"  {name:14}{value}" for name, value in facts]]

@@ -76,9 +76,27 @@ class JobsFailed(GreenjobsError):
         self.count = count
 
 
-class JobInterrupted(BaseException):
+class JobTimeout(GreenjobsError, TimeoutError):
+    """Raised in a job that has run for its `timeout`. It may catch it to end well; else the attempt has failed."""
+
+
+class JobControl(BaseException):
+    """The root of what a job raises, or has raised in it, to say how it ends.
+
+    No Exception, so that a job's own `except Exception` lets them pass.
+    """
+
+
+class JobInterrupted(JobControl):
     """Raised in a running job whose runner cannot wait for it any longer; the job is given back and runs again.
 
     A job may catch it to tidy up, for a few seconds, and should raise it again: one that returns counts as done.
-    No Exception, so that a job's own `except Exception` does not take it for an error.
     """
+
+
+class JobHardTimeout(JobControl):
+    """Raised in a job that has run for its `hard_timeout`; the attempt has failed, whatever the job does about it."""
+
+
+class JobCancelled(JobControl):
+    """Raised in a running job that somebody cancelled; it does not run again, whatever the job does about it."""

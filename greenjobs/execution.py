@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 
-from greenjobs.errors import JobInterrupted, PayloadMismatch
+from greenjobs import events
+from greenjobs.errors import JobCancelled, JobControl, JobHardTimeout, JobTimeout
 from greenjobs.job import Attempt, Job, Place, enter_attempt
-from greenjobs.retry import exponential_delay
-from greenjobs.storage import ClaimedJob, Failure, Fence, claim_order
+from greenjobs.policy import Verdict, judge
+from greenjobs.storage import ClaimedJob, Failure, Fence, Snoozed, claim_order
 
 if TYPE_CHECKING:
     from greenjobs.acknowledger import Acknowledger
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 # Jobs that never wait leave the event loop a turn this often.
 _SLICE_SECONDS = 0.001
+
+# A job that was told to end and goes on for so long is reported as stuck.
+_OBEDIENCE_SECONDS = 5.0
 
 _LONGEST_MESSAGE = 2_000
 _LONGEST_TRACEBACK = 8_000
@@ -65,6 +69,7 @@ class Executor:
         self._done = acknowledger.done.add
         self._failed = acknowledger.failed.add
         self._unfinished = acknowledger.unfinished.add
+        self._snoozed = acknowledger.snoozed.add
         self._on_room = on_room
         self._ready: deque[ClaimedJob] = deque()
         self._carriers = 0
@@ -102,10 +107,57 @@ class Executor:
         # In the hub, so that no job is hit that the same greenlet runs next, and none is switched away from half-way.
         gevent.get_hub().loop.run_callback(self._raise_in, attempt, error)
 
+    def cancel(self, job_id: int) -> None:
+        """End this job, if it is here: a running one is interrupted, one that has not started is dropped."""
+        attempt = self.running.get(job_id)
+        if attempt is not None:
+            if not isinstance(attempt.interrupted_by, JobCancelled):
+                self.interrupt(attempt, JobCancelled("the job was cancelled"))
+                self._watch_obedience(attempt)
+            return
+        for row in self._ready:
+            if row.id == job_id:
+                self._ready.remove(row)
+                self._done(Fence(row.id, row.attempt))
+                self._on_room()
+                return
+
     def _raise_in(self, attempt: Attempt, error: BaseException) -> None:
         if self.running.get(attempt.row.id) is attempt:
-            attempt.interrupted_by = error
+            # What ends the job for good is not taken back by a timeout that comes later.
+            if not isinstance(attempt.interrupted_by, JobControl) or isinstance(error, JobControl):
+                attempt.interrupted_by = error
             attempt.greenlet.throw(error)
+
+    def _watch_obedience(self, attempt: Attempt) -> None:
+        """Report a job that goes on running although it was told to end."""
+
+        def report() -> None:
+            if self.running.get(attempt.row.id) is attempt:
+                stack = "".join(traceback.format_stack(attempt.greenlet.gr_frame))
+                logger.error(
+                    "job %s (%s) is stuck: it was told to end (%r) %.0f s ago, and stands in\n%s",
+                    *(attempt.row.id, attempt.job.name, attempt.interrupted_by, _OBEDIENCE_SECONDS, stack),
+                    extra=_log_keys(attempt),
+                )
+
+        gevent.spawn_later(_OBEDIENCE_SECONDS, report)
+
+    def _start_timers(self, attempt: Attempt, timeout: float | None, hard_timeout: float | None) -> list[Any]:
+        """Timers of the event loop, for the caller to close."""
+        timers = []
+
+        def expire(error: BaseException) -> None:
+            self._raise_in(attempt, error)
+            if isinstance(error, JobHardTimeout):
+                self._watch_obedience(attempt)
+
+        for seconds, error_type in ((timeout, JobTimeout), (hard_timeout, JobHardTimeout)):
+            if seconds is not None:
+                timer = gevent.get_hub().loop.timer(seconds)
+                timer.start(expire, error_type(f"{attempt.job.name} ran for more than {seconds:g} s"))
+                timers.append(timer)
+        return timers
 
     def held_rows(self) -> list[ClaimedJob]:
         """The jobs that are here and not finished."""
@@ -154,53 +206,92 @@ class Executor:
         enter_attempt(attempt)
         self.running[row.id] = attempt
         attempt.started = started = time.perf_counter()
+        timeouts = attempt.timeouts()
+        timers = self._start_timers(attempt, *timeouts) if timeouts is not None else ()
         try:
             args, kwargs = job.codec.decode(row.data)
             job.function(*args, **kwargs)
+            if isinstance(attempt.interrupted_by, (JobCancelled, JobHardTimeout)):
+                raise attempt.interrupted_by
         except BaseException as error:  # a job may raise anything; SystemExit and GreenletExit are failures, too
             self._settle_raised(attempt, error)
         else:
             self._done(Fence(row.id, row.attempt))
+            if events.handlers:
+                self._publish(attempt, Verdict("done"), None)
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("job %s (%s) done", row.id, row.job_type, extra=_log_keys(attempt))
         finally:
+            for timer in timers:
+                timer.close()
             del self.running[row.id]
             self.finished += 1
             self.busy_seconds += time.perf_counter() - started
             self._on_room()
 
     def _settle_raised(self, attempt: Attempt, error: BaseException) -> None:
+        # Whatever came out of a job that was told to end: psycopg2 wraps what is raised while it waits, and tidying up
+        # may fail in its own ways.
+        if isinstance(attempt.interrupted_by, JobControl):
+            error = attempt.interrupted_by
+        verdict = judge(attempt.job.policy, error, failures=attempt.row.retries + 1, max_retries=attempt.max_retries)
         fence = Fence(attempt.row.id, attempt.row.attempt)
-        if isinstance(attempt.interrupted_by, JobInterrupted):
-            # Whatever came out: psycopg2 wraps what is raised while it waits, and tidying up may fail.
-            logger.warning(
-                "job %s (%s) was interrupted and is given back", *(fence.id, attempt.job.name), extra=_log_keys(attempt)
-            )
+        _log(attempt, verdict, error)
+        if verdict.outcome in ("failed", "retried"):
+            record = _error_record(error, attempt.number, self._runner_name)
+            self._failed(Failure(fence, verdict.retry_in, record))
+        elif verdict.outcome == "snoozed":
+            self._snoozed(Snoozed(fence, verdict.retry_in or 0.0))
+        elif verdict.outcome == "interrupted":
             self._unfinished(fence)
-        else:
-            self._failed(self._failure(attempt, fence, error))
+        else:  # discarded or cancelled: the row has no further use, as that of a job that is done
+            self._done(fence)
+        policy = attempt.job.policy
+        hook = {"failed": policy.on_failure, "discarded": policy.on_discard}.get(verdict.outcome)
+        if events.handlers or hook is not None:
+            self._publish(attempt, verdict, error, *([hook] if hook is not None else []))
 
-    def _failure(self, attempt: Attempt, fence: Fence, error: BaseException) -> Failure:
-        row, job = attempt.row, attempt.job
-        may_retry = row.retries < job.max_retries and not isinstance(error, PayloadMismatch)
-        retry_in = exponential_delay(row.retries + 1) if may_retry else None
-        # The first frame is this module's, which tells nobody anything.
-        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
-        if retry_in is None:
-            logger.error(
-                "job %s (%s) failed on attempt %s and is not tried again",
-                *(row.id, row.job_type, attempt.number),
-                exc_info=error,
-                extra=_log_keys(attempt),
-            )
-        else:
-            logger.warning(
-                "job %s (%s) failed on attempt %s of %s; retrying in %.0f s",
-                *(row.id, row.job_type, attempt.number, row.crashes + job.max_retries + 1, retry_in),
-                exc_info=error,
-                extra=_log_keys(attempt),
-            )
-        return Failure(fence, retry_in, _error_record(error, attempt.number, self._runner_name))
+    def _publish(self, attempt: Attempt, verdict: Verdict, error: BaseException | None, *more: events.Handler) -> None:
+        row = attempt.row
+        events.publish(
+            events.AttemptEnded(
+                outcome=verdict.outcome,
+                id=row.id,
+                job_type=row.job_type,
+                queue=self._place.queue,
+                attempt=attempt.number,
+                run_seconds=time.perf_counter() - attempt.started,
+                waited_seconds=row.waited,
+                retry_in=verdict.retry_in,
+                error=error,
+            ),
+            *more,
+        )
+
+
+def _log(attempt: Attempt, verdict: Verdict, error: BaseException) -> None:
+    row = attempt.row
+    keys = _log_keys(attempt)
+    # The first frame is this module's, which tells nobody anything.
+    error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
+    if verdict.outcome == "failed":
+        logger.error(
+            "job %s (%s) failed on attempt %s and is not tried again",
+            *(row.id, row.job_type, attempt.number),
+            exc_info=error,
+            extra=keys,
+        )
+    elif verdict.outcome == "retried":
+        logger.warning(
+            "job %s (%s) failed on attempt %s of %s; retrying in %.1f s",
+            *(row.id, row.job_type, attempt.number, row.crashes + attempt.max_retries + 1, verdict.retry_in),
+            exc_info=error,
+            extra=keys,
+        )
+    elif verdict.outcome == "interrupted":
+        logger.warning("job %s (%s) was interrupted and is given back", row.id, row.job_type, extra=keys)
+    else:
+        logger.info("job %s (%s) was %s: %s", row.id, row.job_type, verdict.outcome, error, extra=keys)
 
 
 def _traces(carrier: gevent.Greenlet[..., None]) -> tuple[int, int, bool, int]:

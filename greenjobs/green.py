@@ -8,6 +8,8 @@ and what interrupted it comes out as itself.
 from __future__ import annotations
 
 import contextlib
+import functools
+from typing import Any
 
 import gevent
 import gevent.monkey

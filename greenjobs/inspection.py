@@ -252,8 +252,9 @@ class StoredJob:
 
     `attempt` counts how often it was claimed, `retries` how often it failed since it was enqueued or retried by hand,
     `crashes` how often its runner died. `age_seconds` is counted from when it failed, if it is failed, else from when
-    it was enqueued. `runner` is host:pid of the runner that holds it. `errors` are those of the last attempts, the
-    newest last, each with at least at, attempt, error (its class), message and runner.
+    it was enqueued. `runner` is host:pid of the runner that holds it. `options` is what its call said otherwise than the
+    job. `errors` are those of the last attempts, the newest last, each with at least at, attempt, error (its class),
+    message and runner.
     """
 
     id: int
@@ -271,7 +272,9 @@ class StoredJob:
     last_retry: datetime | None
     claimed_at: datetime | None
     runner: str | None
+    cancel_asked_at: datetime | None
     unique_key: str | None
+    options: Mapping[str, Any] | None
     errors: Sequence[Mapping[str, Any]]
 
     @property
@@ -315,7 +318,9 @@ SELECT
     nullif(job.last_retry, '1970-01-01 00:00:00+00'),
     job.claimed_at,
     runner.hostname || ':' || runner.pid,
+    job.cancel_asked_at,
     job.unique_key,
+    job.options,
     coalesce(job.errors, '[]')
 FROM background_jobs AS job
 LEFT JOIN background_runners AS runner ON runner.id = job.claimed_by

@@ -7,14 +7,15 @@ add is the attempt that `current_job` shows, a context variable.
 from __future__ import annotations
 
 import functools
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
-from greenjobs import config
+from greenjobs import config, policy
 from greenjobs.cron import Timetable
 from greenjobs.errors import (
     ConfigError,
@@ -25,7 +26,9 @@ from greenjobs.errors import (
     SchemaError,
     UnknownJob,
 )
+from greenjobs.events import Handler
 from greenjobs.payload import Codec
+from greenjobs.retry import Backoff
 
 if TYPE_CHECKING:
     from greenjobs.pool import ConnectionPool
@@ -56,6 +59,14 @@ class JobHandle:
     job_type: str
     duplicate: bool = False
 
+    def cancel(self) -> Literal["removed", "asked", "gone"]:
+        """End the job. One that waits is removed; one that runs is asked to end, and JobCancelled raised in it within a
+        second, in whichever process it runs; one that is done or failed is gone."""
+        _, storage = _database_rooms()
+        with lender(config.current()).connection() as connection:
+            removed, asked = storage.cancel(connection, [self.id])
+        return "removed" if removed else "asked" if asked else "gone"
+
 
 @dataclass(frozen=True, slots=True)
 class _Options:
@@ -65,6 +76,7 @@ class _Options:
     priority: int | None = None
     delay_seconds: float = 0.0
     run_at: datetime | None = None
+    overrides: tuple[tuple[str, float], ...] = ()
     connection: Any = None
 
 
@@ -85,6 +97,7 @@ class Job(Generic[P, R]):
         timezone: str | None = None,
         catch_up: str | None = None,
         overlap: bool | None = None,
+        **attempts: Any,
     ) -> None:
         if not callable(function):
             raise JobDefinitionError(f"@job takes a function, or keyword arguments such as queue=…, not {function!r}")
@@ -98,6 +111,7 @@ class Job(Generic[P, R]):
         self.unique = unique
         self._check()
         self.aliases = _checked_aliases(aliases, self.name)
+        self.policy = policy.declared(self.name, **attempts)
         self.codec = Codec(function, job_name=self.name)
         self.timetables = self._read_timetables(cron, timezone=timezone, catch_up=catch_up, overlap=overlap)
         self._plain_call: Call[P] = Call(self, _Options())
@@ -140,12 +154,16 @@ class Job(Generic[P, R]):
         priority: int | None = None,
         delay: float | timedelta | None = None,
         run_at: datetime | None = None,
+        max_retries: int | None = None,
+        timeout: float | timedelta | None = None,
+        hard_timeout: float | timedelta | None = None,
         connection: Any = None,
     ) -> Call[P]:
         """Options for one call: `job.options(priority=10, delay=60).delay(…)`.
 
-        `delay` is in seconds; `run_at` is an aware datetime. With `connection`, a psycopg2 connection or cursor, the
-        job is inserted in its transaction: there when that commits, gone when it rolls back. Raises OptionError.
+        `delay` is in seconds; `run_at` is an aware datetime; `max_retries` and the timeouts are as for @job. With
+        `connection`, a psycopg2 connection or cursor, the job is inserted in its transaction: there when that commits,
+        gone when it rolls back. Raises OptionError.
         """
         if delay is not None and run_at is not None:
             raise OptionError(f"{self.name}: give delay or run_at, not both")
@@ -153,9 +171,16 @@ class Job(Generic[P, R]):
             queue = check_queue_name(queue, f"{self.name}: queue", OptionError)
         if priority is not None:
             _check_priority(priority, self.name, OptionError)
+        try:
+            checked_retries = config.check({"max_retries": max_retries}).get("max_retries")
+        except ConfigError as error:
+            raise OptionError(f"{self.name}: {error}") from None
+        soft, hard = policy.checked_timeouts(self.name, timeout, hard_timeout, OptionError)
+        overrides = {"max_retries": checked_retries, "timeout": soft, "hard_timeout": hard}
         return Call(
             self,
             _Options(
+                overrides=tuple((name, value) for name, value in overrides.items() if value is not None),
                 queue=queue,
                 priority=priority,
                 delay_seconds=0.0 if delay is None else _seconds(delay, self.name),
@@ -243,11 +268,9 @@ class Call(Generic[P]):
         ]
         try:
             if self._options.connection is not None:
-                enqueued = storage.enqueue(pool.raw_connection(self._options.connection), batches)
+                enqueued = storage.enqueue_inside(pool.raw_connection(self._options.connection), batches)
             else:
-                attempt = _attempt.get(None)
-                lender = attempt.place.pool if attempt is not None else pool.shared_pool(settings)
-                with lender.connection() as connection:
+                with lender(settings).connection() as connection:
                     enqueued = storage.enqueue(connection, batches)
         except Exception as error:
             if getattr(error, "pgcode", None) != _UNDEFINED_TABLE:
@@ -269,6 +292,7 @@ class Call(Generic[P]):
             delay_seconds=options.delay_seconds,
             run_at=options.run_at,
             unique_keys=[storage.unique_key(job.name, one) for one in data] if job.unique else None,
+            options=json.dumps(dict(options.overrides)) if options.overrides else None,
         )
         return new
 
@@ -279,6 +303,16 @@ def _database_rooms() -> tuple[Any, Any]:
     from greenjobs import pool, storage
 
     return pool, storage
+
+
+def lender(settings: config.Settings) -> ConnectionPool:
+    """The connections to enqueue on: those of the runner inside a job, else those of the process."""
+    attempt = _attempt.get(None)
+    if attempt is not None:
+        return attempt.place.pool
+    pool, _ = _database_rooms()
+    shared: ConnectionPool = pool.shared_pool(settings)
+    return shared
 
 
 @overload
@@ -298,6 +332,13 @@ def job(
     timezone: str | None = None,
     catch_up: str | None = None,
     overlap: bool | None = None,
+    backoff: Backoff | Sequence[float] | float | None = None,
+    retry_on: policy.ErrorTypes | None = None,
+    discard_on: policy.ErrorTypes = (),
+    timeout: float | timedelta | None = None,
+    hard_timeout: float | timedelta | None = None,
+    on_failure: Handler | None = None,
+    on_discard: Handler | None = None,
 ) -> Callable[[Callable[P, R]], Job[P, R]]: ...
 
 
@@ -307,7 +348,13 @@ def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     `name` is what rows call it (default: the function's name; keep it when the function is renamed or moves);
     `priority` is larger for earlier, -32767 to 32767; `max_retries` counts tries after the first; with `unique`, an
     unstarted job of the same arguments is not enqueued again; `aliases` are names that it had before, whose rows it
-    runs, too. Raises JobDefinitionError, when the module is imported.
+    runs, too.
+
+    `backoff` says when a failed job runs again, see greenjobs.retry; `retry_on` are the errors after which it does
+    (default: all), `discard_on` those that end it quietly. After `timeout` seconds JobTimeout is raised in it, after
+    `hard_timeout` JobHardTimeout. `on_failure` and `on_discard` are called with an AttemptEnded when it comes to that.
+
+    Raises JobDefinitionError, when the module is imported.
 
     `cron` enqueues it by the clock, without arguments: an expression such as "*/5 * * * *", or a list of them, in
     `timezone` (default: UTC). `catch_up` ("none", "last" or "all"; default: "last") is for ticks that came while no
@@ -397,6 +444,22 @@ class Attempt:
         self.interrupted_by: BaseException | None = None
 
     @property
+    def max_retries(self) -> int:
+        """How often the job may fail and be tried again; the call that enqueued it may have said otherwise than it."""
+        if self.row.options is None:
+            return self.job.max_retries
+        return int(json.loads(self.row.options).get("max_retries", self.job.max_retries))
+
+    def timeouts(self) -> tuple[float | None, float | None] | None:
+        """The soft and the hard timeout in seconds; None when there is neither."""
+        policy = self.job.policy
+        soft, hard = policy.timeout, policy.hard_timeout
+        if self.row.options is not None:
+            overrides = json.loads(self.row.options)
+            soft, hard = overrides.get("timeout", soft), overrides.get("hard_timeout", hard)
+        return None if soft is None and hard is None else (soft, hard)
+
+    @property
     def number(self) -> int:
         """1 for the first time the job runs, and one more for every failure and every death of its runner since."""
         return self.row.retries + self.row.crashes + 1
@@ -448,13 +511,13 @@ class CurrentJob:
     @property
     def max_retries(self) -> int:
         """How often it may fail and be tried again."""
-        return _running().job.max_retries
+        return _running().max_retries
 
     @property
     def is_last_attempt(self) -> bool:
         """Whether a failure now is final."""
         attempt = _running()
-        return attempt.row.retries >= attempt.job.max_retries
+        return attempt.row.retries >= attempt.max_retries
 
     @property
     def context(self) -> Any:

@@ -55,6 +55,9 @@ class SessionOwner(Protocol):
     def notified(self, queue: str | None) -> None:
         """There may be work in this queue; None: a job is due soon."""
 
+    def cancel(self, job_id: int) -> None:
+        """Somebody wants this job to end, wherever it runs."""
+
 
 class Listener:
     """Keeps a session open from `start` until `stop`."""
@@ -138,6 +141,9 @@ class Listener:
             self._owner.notified(None)
             return
         runner, _, queue = payload.partition(":")
+        if runner == "cancel" and queue.isdecimal():
+            self._owner.cancel(int(queue))
+            return
         if runner in ("*", str(self._runner)):
             self._owner.notified(queue)
 

@@ -34,6 +34,11 @@ _CARE_SECONDS = 1.0
 _AUDIT_SECONDS = 30.0
 _AUDIT_AGE_SECONDS = 10.0
 
+# Failed jobs that were kept long enough are looked for this often, by every runner; when there were as many as one
+# statement deletes, again a turn later.
+_PRUNE_SECONDS = 60.0
+_PRUNE_AT_ONCE = 1000
+
 # Entries of ended runners are kept for a day, for claims of theirs that arrived late and for people who ask.
 _REMEMBER_RUNNERS_SECONDS = 24 * 60 * 60.0
 
@@ -46,6 +51,10 @@ class Fellow(Protocol):
     home_queues: Mapping[str, str]
     job_types: Sequence[str]
     max_crashes: int
+    keep_failed_seconds: float
+
+    def cancel(self, job_id: int) -> None:
+        """End this job, if it is here."""
 
     def held_ids(self) -> set[int]:
         """The jobs that were claimed here, the outcome of which is not in the database yet."""
@@ -63,6 +72,7 @@ class Maintenance:
         self._due_sooner = Event()
         self._greenlets: list[gevent.Greenlet[..., None]] = []
         self._audited_at = time.monotonic()
+        self._prune_at = time.monotonic()
 
     def start(self) -> None:
         """Begin all loops."""
@@ -160,6 +170,12 @@ class Maintenance:
         if own:
             self.look(own)
 
+    def cancel(self) -> None:
+        """End what somebody cancelled: the notification may have been missed, or the job come back to waiting."""
+        for job_id in self._service.call(inspection.cancelled_jobs, self._service.runner_ids):
+            self._fellow.cancel(job_id)
+        self._service.call(storage.remove_cancelled)
+
     def audit(self) -> None:
         """Give back what the database says this runner holds, and it does not know of."""
         runner = self._fellow.runner_id
@@ -173,6 +189,17 @@ class Maintenance:
             if given_back:
                 logger.warning("gave back jobs %s, whose claim was never answered", sorted(given_back))
 
+    def prune(self) -> None:
+        """Delete some of the jobs that failed longer ago than they are kept, if it is time to look for them."""
+        keep_seconds = self._fellow.keep_failed_seconds
+        if not keep_seconds or time.monotonic() < self._prune_at:
+            return
+        pruned = self._service.call(storage.prune, age_seconds=keep_seconds, limit=_PRUNE_AT_ONCE)
+        if pruned < _PRUNE_AT_ONCE:
+            self._prune_at = time.monotonic() + _PRUNE_SECONDS
+        if pruned:
+            logger.info("pruned %s jobs that failed more than %.0f s ago", pruned, keep_seconds)
+
     def _note_memory(self) -> None:
         runner = self._fellow.runner_id
         if runner is not None:
@@ -182,6 +209,8 @@ class Maintenance:
         while True:
             self.route()
             self.rescue()
+            self.cancel()
+            self.prune()
             if time.monotonic() - self._audited_at > _AUDIT_SECONDS:
                 self._audited_at = time.monotonic()
                 self.audit()

@@ -99,6 +99,12 @@ class Runner:
 
         Raises NotPatched, ConfigError, DatabaseUnavailable, or SchemaError when the tables are not there.
         """
+        handle = self.prepare()
+        handle.start()
+        return handle
+
+    def prepare(self) -> RunnerHandle:
+        """A handle that can be told to stop, and is not started yet. Raises NotPatched or ConfigError."""
         missing = green.missing_patches()
         if missing:
             raise NotPatched(
@@ -112,9 +118,7 @@ class Runner:
             for queue in sorted({job.queue for job in self._jobs.values()}):
                 self.configure_queue(queue)
             queues, self._queues = self._queues, {}
-        handle = RunnerHandle(self, queues, self._jobs)
-        handle._start(stops_when_empty=self._stops_when_empty)
-        return handle
+        return RunnerHandle(self, queues, self._jobs, stops_when_empty=self._stops_when_empty)
 
     def check_for_failed_jobs(self) -> None:
         """Raise JobsFailed when jobs have failed at least once and are still there."""
@@ -125,9 +129,17 @@ class Runner:
 
 
 class RunnerHandle:
-    """A runner that was started."""
+    """A runner that was prepared, or started."""
 
-    def __init__(self, runner: Runner, queues: dict[str, dict[str, float]], jobs: dict[str, Job[Any, Any]]) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        queues: dict[str, dict[str, float]],
+        jobs: dict[str, Job[Any, Any]],
+        *,
+        stops_when_empty: bool,
+    ) -> None:
+        self._stops_when_empty = stops_when_empty
         self.queues = queues
         self.job_types: Sequence[str] = sorted(jobs)
         self.home_queues: Mapping[str, str] = {name: job.queue for name, job in jobs.items()}
@@ -135,6 +147,7 @@ class RunnerHandle:
         self.runner_id: int | None = None
         self._suspect: int | None = None
         self.max_crashes = runner.settings.max_crashes
+        self.keep_failed_seconds = runner.settings.keep_failed
         self.gave_up_jobs = False
         """Whether jobs had to be interrupted when the runner ended."""
         self._settings = runner.settings
@@ -226,6 +239,11 @@ class RunnerHandle:
         elif queue in self.workers:
             self.workers[queue].wake()
 
+    def cancel(self, job_id: int) -> None:
+        """End this job, if it is here."""
+        for worker in self.workers.values():
+            worker.cancel(job_id)
+
     def held_ids(self) -> set[int]:
         """The jobs that were claimed here, the outcome of which is not in the database yet."""
         held = {row.id for worker in self.workers.values() for row in worker.held_rows()}
@@ -239,7 +257,8 @@ class RunnerHandle:
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
-    def _start(self, *, stops_when_empty: bool) -> None:
+    def start(self) -> None:
+        """Start; see Runner.start. One that was told to stop meanwhile starts, and stops in good order."""
         try:
             with self._service.pool.connection() as connection:
                 migrate.require_current(connection)
@@ -252,7 +271,7 @@ class RunnerHandle:
         for worker in self.workers.values():
             worker.start()
         self._maintenance.start()
-        gevent.spawn(self._run, stops_when_empty)
+        gevent.spawn(self._run)
 
     def _begin_session(self) -> None:
         settings = self._settings
@@ -282,9 +301,9 @@ class RunnerHandle:
         if self._listener is not None:
             self._listener.restart()
 
-    def _run(self, stops_when_empty: bool) -> None:
+    def _run(self) -> None:
         try:
-            if stops_when_empty:
+            if self._stops_when_empty:
                 self._wait_until_empty()
             else:
                 self._shutdown_asked.wait()

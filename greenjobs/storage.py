@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 from psycopg2 import errors
-from psycopg2.extensions import TRANSACTION_STATUS_IDLE
+from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller's connection makes by itself
 
 from greenjobs.statement import Statement
 
@@ -37,8 +37,8 @@ _CONTEST_ROUNDS = 10
 class NewJobs:
     """Jobs of one type to enqueue together. `data` is a JSON object as text for each.
 
-    `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, or is None for none. `options` is a
-    JSON object as text: what all of them say otherwise than their job.
+    `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, or is None for none. `options` is
+    a JSON object as text: what all of them say otherwise than their job.
     """
 
     job_type: str
@@ -244,17 +244,22 @@ PROMOTER_SECONDS = 1.0
 
 
 def enqueue(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
-    """Insert the jobs, in order, and wake who waits for them.
+    """Insert the jobs, in order, all or none, on an idle autocommit connection; committed; and wake who waits for them.
 
-    On an autocommit connection this is all or nothing, and committed; else committing is the caller's to do. A job
-    whose unique key an unstarted job has already is not inserted; the other's id stands in its place.
+    A job whose unique key an unstarted job has already is not inserted; the other's id stands in its place.
     """
-    if not connection.autocommit or connection.get_transaction_status() != TRANSACTION_STATUS_IDLE:
-        return [row for jobs in batches for row in _enqueue(connection, jobs, in_transaction=True)]
     if len(batches) == 1:
         return _enqueue(connection, batches[0], in_transaction=False)
     with atomic(connection):
-        return [row for jobs in batches for row in _enqueue(connection, jobs, in_transaction=True)]
+        return enqueue_inside(connection, batches)
+
+
+def enqueue_inside(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
+    """As `enqueue`, in the transaction of the connection, which is the caller's to commit.
+
+    psycopg2 does not tell for certain whether there is one: `with connection:` makes autocommit wait, and looks idle.
+    """
+    return [row for jobs in batches for row in _enqueue(connection, jobs, in_transaction=True)]
 
 
 @contextlib.contextmanager
@@ -279,7 +284,7 @@ def _enqueue(connection: Connection, jobs: NewJobs, *, in_transaction: bool) -> 
         "delay": jobs.delay_seconds,
         "options": jobs.options,
     }
-    cursor = connection.cursor()
+    cursor = connection.cursor(cursor_factory=TupleCursor)
     if jobs.unique_keys is not None:
         return _enqueue_unique(cursor, statement, parameters, jobs, jobs.unique_keys, in_transaction)
     parameters["data"] = _json_array(jobs.data)
@@ -999,6 +1004,7 @@ UPDATE background_jobs AS job
 SET
     state = 'available',
     run_at = now(),
+    cancel_asked_at = NULL,
     retries = CASE job.state WHEN 'failed' THEN 0 ELSE job.retries END,
     crashes = CASE job.state WHEN 'failed' THEN least(job.crashes, 1) ELSE job.crashes END
 FROM chosen

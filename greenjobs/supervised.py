@@ -77,7 +77,6 @@ class Line:
                 f"max_memory is {limit}, but this process takes {megabytes:.0f} MB before its first job; "
                 f"allow it more, such as {2 * megabytes:.0f}"
             )
-        gevent.signal_handler(signal.SIGHUP, self._heed, 1)
         self._has_begun = True
 
     def report_up(self, handle: RunnerHandle) -> None:

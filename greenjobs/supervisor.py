@@ -55,7 +55,7 @@ STUCK_SECONDS = 30.0
 
 # A child that ends earlier than this has not proved that it can live; the next is started after a pause.
 _EARLY_SECONDS = 10.0
-_FIRST_PAUSE_SECONDS = 0.5
+_FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 60.0
 _MANY_EARLY_DEATHS = 3
 

@@ -153,6 +153,10 @@ class Worker:
         for attempt in list(self._executor.running.values()):
             self._executor.interrupt(attempt, error())
 
+    def cancel(self, job_id: int) -> None:
+        """End this job, if it is here."""
+        self._executor.cancel(job_id)
+
     def claim_suspect(self) -> int | None:
         """Take one job whose runner died, if one waits here and there is room for it; returns its id."""
         if self._is_stopping or self._runner is None or not self.has_room:

@@ -39,6 +39,8 @@ ALTER TABLE background_jobs
     ADD COLUMN claimed_at TIMESTAMPTZ,
     ADD COLUMN unique_key TEXT,
     ADD COLUMN errors JSONB,                         -- an array, newest last
+    ADD COLUMN options JSONB,                        -- what one call says otherwise than its job
+    ADD COLUMN cancel_asked_at TIMESTAMPTZ,
     ADD CONSTRAINT background_jobs_priority CHECK (priority > -32768),
     ADD CONSTRAINT background_jobs_state CHECK (state IN ('scheduled', 'available', 'running', 'failed')),
     ADD CONSTRAINT background_jobs_owner CHECK ((state = 'running') = (claimed_by IS NOT NULL));
@@ -65,6 +67,10 @@ CREATE INDEX background_jobs_running
 CREATE INDEX background_jobs_failed
     ON background_jobs (last_retry)
     WHERE state = 'failed';
+
+CREATE INDEX background_jobs_cancelled
+    ON background_jobs (claimed_by)
+    WHERE cancel_asked_at IS NOT NULL;
 
 CREATE INDEX background_jobs_without_queue
     ON background_jobs (job_type)
