@@ -252,9 +252,9 @@ class StoredJob:
 
     `attempt` counts how often it was claimed, `retries` how often it failed since it was enqueued or retried by hand,
     `crashes` how often its runner died. `age_seconds` is counted from when it failed, if it is failed, else from when
-    it was enqueued. `runner` is host:pid of the runner that holds it. `options` is what its call said otherwise than the
-    job. `errors` are those of the last attempts, the newest last, each with at least at, attempt, error (its class),
-    message and runner.
+    it was enqueued. `runner` is host:pid of the runner that holds it. `options` is what its call said otherwise than
+    the job. `errors` are those of the last attempts, the newest last, each with at least at, attempt, error (its
+    class), message and runner.
     """
 
     id: int
