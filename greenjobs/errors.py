@@ -100,3 +100,7 @@ class JobHardTimeout(JobControl):
 
 class JobCancelled(JobControl):
     """Raised in a running job that somebody cancelled; it does not run again, whatever the job does about it."""
+
+
+class UnknownSchedule(GreenjobsError):
+    """A name that no schedule in the database has."""
