@@ -90,6 +90,14 @@ def queue_name(value: object) -> str:
     return name
 
 
+def _lines(value: object) -> tuple[str, ...]:
+    """The lines of a text, or the texts of a list, that are not empty."""
+    lines = value.splitlines() if isinstance(value, str) else value
+    if not isinstance(lines, (list, tuple)):
+        raise ValueError
+    return tuple(_text(line) for line in lines if line != "" and not (isinstance(line, str) and line.isspace()))
+
+
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -289,6 +297,15 @@ class Settings:
         "INFO",
         _Kind(_log_level, f"one of {', '.join(_LOG_LEVELS)}"),
         "What the command line logs: messages of this level and above.",
+    )
+    schedules: tuple[str, ...] = _option(
+        (),
+        _Kind(
+            _lines,
+            'lines such as `nightly: report(kind="full") at 30 2 * * * in Europe/Paris; catch_up=all; overlap=false`, '
+            "in a list where the file is pyproject.toml",
+        ),
+        "Jobs that are enqueued by the clock, one in a line.",
     )
     project_folder: Path = field(default_factory=lambda: project_folder())
 
