@@ -27,6 +27,7 @@ from greenjobs.job import Job, Place, check_queue_name
 from greenjobs.lease import LEASE_SECONDS, Lease
 from greenjobs.listener import Listener
 from greenjobs.maintenance import Maintenance
+from greenjobs.scheduler import Scheduler
 from greenjobs.service import Service
 from greenjobs.version import __version__
 from greenjobs.worker import Worker
@@ -154,6 +155,7 @@ class RunnerHandle:
         self._service = Service(runner.database_url, on_standby=self._leave_standby)
         self._acknowledger = Acknowledger(self._service, on_settled=self._settled)
         self._maintenance = Maintenance(self, self._service)
+        self._scheduler = Scheduler(jobs, runner.settings.schedules, self._service)
         self._database_url = runner.database_url
         self.session = "lock"
         """How this runner proves that it lives: by "lock", or by "lease"."""
@@ -265,6 +267,7 @@ class RunnerHandle:
             self._begin_session()
             self._maintenance.rescue()
             self._maintenance.route()
+            self._scheduler.start()
         except BaseException:
             self._close()
             raise
@@ -373,6 +376,7 @@ class RunnerHandle:
                 self._service.once(storage.wake, queues)
 
     def _close(self) -> None:
+        self._scheduler.stop()
         self._maintenance.stop()
         if self._listener is not None:
             self._listener.stop()
