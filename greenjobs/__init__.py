@@ -36,4 +36,8 @@ def __getattr__(name: str) -> Any:
         from greenjobs.runner import Runner
 
         return Runner
+    if name == "schedules":  # it needs psycopg2
+        import greenjobs.schedules
+
+        return greenjobs.schedules
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
