@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, fields
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
@@ -49,16 +50,25 @@ def test_without_any_source_every_option_has_its_default() -> None:
     assert {name: getattr(settings, name) for name in OPTIONS} == {
         "database_url": None,
         "session_url": None,
+        "session": "auto",
         "app": None,
         "pool": 50,
         "poll_interval": 1.0,
         "read_ahead": 4_000,
         "max_retries": 10,
+        "max_crashes": 3,
+        "keep_failed": 30 * 24 * 3600.0,
+        "grace": 30.0,
+        "on_session_loss": "finish",
+        "processes": 1,
+        "max_jobs": None,
+        "max_memory": None,
         "max_payload_bytes": 1024 * 1024,
         "enqueue_timeout": 5.0,
         "enqueue_connections": 10,
         "default_queue": "default",
         "log_level": "INFO",
+        "schedules": (),
     }
 
 
@@ -100,9 +110,15 @@ def test_an_empty_environment_variable_counts_as_not_set(
 def test_every_option_can_be_set_by_a_variable_of_its_name(
     option: config.Option, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    value = {"database_url": "embedded:", "session_url": "host=x", "app": "myapp.jobs", "log_level": "debug"}.get(
-        option.name, "12"
-    )
+    words = {
+        "database_url": "embedded:",
+        "session_url": "host=x",
+        "session": "lease",
+        "app": "myapp.jobs",
+        "on_session_loss": "interrupt",
+        "log_level": "debug",
+    }
+    value = words.get(option.name, "12")
     monkeypatch.setenv(f"GREENJOBS_{option.name.upper()}", value)
     assert getattr(load(), option.name) == option.parse(value) != option.default
 
@@ -272,6 +288,10 @@ WRONG = [
     ("poll_interval", "1s"),
     ("poll_interval", 10**400),
     ("max_retries", -1),
+    ("keep_failed", -1),
+    ("keep_failed", "never"),
+    ("keep_failed", float("nan")),
+    ("keep_failed", "40000 days"),
     ("max_payload_bytes", 0),
     ("max_payload_bytes", 2**28),
     ("enqueue_timeout", -1),
@@ -322,6 +342,46 @@ def test_a_wrong_value_that_is_very_long_is_cut_in_the_message() -> None:
     with pytest.raises(ConfigError) as caught:
         load(log_level="x" * 100_000)
     assert len(str(caught.value)) < 500
+
+
+# Durations
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (90, 90.0),
+        (0.5, 0.5),
+        ("90", 90.0),
+        (" 1.5 ", 1.5),
+        ("90s", 90.0),
+        ("1.5 hours", 5400.0),
+        ("12h", 43_200.0),
+        ("1 minute", 60.0),
+        ("2 Days", 172_800.0),
+        ("1w 3d", 864_000.0),
+        ("1m30s", 90.0),
+        (timedelta(days=2), 172_800.0),
+        (0, 0.0),
+    ],
+)
+def test_a_duration_is_a_number_of_seconds_or_text_for_people(value: object, seconds: float) -> None:
+    assert config.duration(value) == seconds
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "d", "7 7", "7 x", "7 ms", "-3 d", "1e5", "7 days ago", "٣ d", "1,5 h", "9" * 400 + "d", "40000 d", b"7d"]
+    + [-1, True, None, float("nan"), float("inf"), timedelta(-1)],
+)
+def test_what_is_no_duration_is_refused(value: object) -> None:
+    with pytest.raises((ValueError, OverflowError)):
+        config.duration(value)
+
+
+@pytest.mark.parametrize("forever", ["forever", " Forever ", "0", 0])
+def test_failed_jobs_can_be_kept_for_ever(forever: object) -> None:
+    assert load(keep_failed=forever).keep_failed == 0
 
 
 def test_settings_cannot_be_changed() -> None:
