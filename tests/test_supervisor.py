@@ -27,7 +27,7 @@ from greenjobs import config, supervised, supervisor
 from greenjobs.errors import ConfigError
 
 APPLICATION = """
-    import os, signal, time
+    import os, signal, subprocess, time
     import gevent.lock, gevent.monkey, psycopg2
     from greenjobs import config, current_job, job
 
@@ -61,6 +61,12 @@ APPLICATION = """
         while not os.path.exists("gate"):
             time.sleep(0.01)
         write(f"{VERSION} ended")
+
+    @job
+    def have_a_program_wait_at_gate():
+        write("program began")
+        subprocess.run(["sh", "-c", "until test -e gate; do sleep 0.05; done"], check=True)
+        write("program ended")
 
     @job
     def leak():
@@ -342,6 +348,40 @@ def test_child_that_hangs_when_its_supervisor_is_killed_ends_all_the_same(tmp_pa
         orphaned.wait_until_gone(children)
 
 
+def test_child_whose_supervisor_is_gone_when_it_starts_ends_at_once(tmp_path: Path) -> None:
+    """Whoever is its parent now: not the process that it was told of."""
+    code = f"""
+import os
+from greenjobs import config, supervised
+os.environ["{supervisor.SUPERVISED}"] = f"{{os.getpid()}}:{{os.pipe()[0]}}"
+supervised.Line.open(config.load())
+print("open")
+"""
+    assert "open" not in processes.run("python", "-c", code, folder=tmp_path, status=1)
+
+
+if sys.platform == "linux":
+
+    def test_death_of_the_supervisor_reaches_a_child_whose_line_is_held_open(tmp_path: Path) -> None:
+        """The child of this test has both ends of it, so that nothing is ever heard of an end."""
+        child = (
+            "from greenjobs import config, supervised; supervised.Line.open(config.load()); print('open', flush=True)"
+        )
+        parent = f"""
+import os, signal, subprocess, sys
+pipe = os.pipe()
+environment = {{**os.environ, "{supervisor.SUPERVISED}": f"{{os.getpid()}}:{{pipe[0]}}"}}
+child = "{child}; import signal; signal.pause()"
+print(subprocess.Popen([sys.executable, "-c", child], env=environment, pass_fds=pipe).pid, flush=True)
+signal.pause()
+"""
+        with processes.start("python", "-c", parent, folder=tmp_path) as process:
+            pid = int(process.wait_for_line(r"^\d+$")[0])
+            process.wait_for_line("^open$")
+            process.kill()
+            eventually(lambda: not is_alive(pid), "the child lives on", seconds=processes.PATIENCE_SECONDS)
+
+
 # Stop
 
 
@@ -360,16 +400,18 @@ def test_sigterm_lets_all_children_finish_what_they_run(tmp_path: Path, database
         stopping.wait_until_gone(children)
 
 
-def test_ctrl_c_in_a_terminal_is_one_signal_to_a_child(tmp_path: Path, database_url: str) -> None:
-    """The terminal sends it to the whole group of the supervisor; a second one would interrupt the job."""
+def test_ctrl_c_in_a_terminal_stops_neither_jobs_nor_the_programs_that_they_wait_for(
+    tmp_path: Path, database_url: str
+) -> None:
+    """The terminal sends it to the whole group of the supervisor, of which children are none."""
     with fleet(tmp_path, database_url, "--max-jobs", "100") as stopping:
-        stopping.enqueue("wait_at_gate")
-        stopping.wait_for_entries("old began")
+        stopping.enqueue("have_a_program_wait_at_gate")
+        stopping.wait_for_entries("program began")
         os.killpg(stopping.process.pid, signal.SIGINT)
         stopping.process.wait_for_line("claims no more; 1 jobs are still running")
         stopping.open_gate()
         assert stopping.process.wait() == 0
-        assert (len(stopping.ledger("old began")), len(stopping.ledger("old ended"))) == (1, 1)
+        assert (len(stopping.ledger("program began")), len(stopping.ledger("program ended"))) == (1, 1)
 
 
 def test_sigterm_to_the_supervisor_and_to_its_child_is_one_wish_to_stop(tmp_path: Path, database_url: str) -> None:
