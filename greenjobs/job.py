@@ -211,13 +211,13 @@ class Job(Generic[P, R]):
             if given:
                 raise JobDefinitionError(f"{self.name}: {next(iter(given))} is for jobs with cron, and this has none")
             return ()
-        try:
-            expressions = (cron,) if isinstance(cron, str) else tuple(cron)
-            timetables = tuple(Timetable(expression, **given) for expression in dict.fromkeys(expressions))
-        except (TypeError, ValueError) as error:
-            raise JobDefinitionError(f"{self.name}: {error}") from None
-        if not timetables:
+        expressions = (cron,) if isinstance(cron, str) else tuple(cron) if isinstance(cron, Iterable) else ()
+        if not expressions:
             raise JobDefinitionError(f"{self.name}: cron is {cron!r}; allowed: an expression, or a list of them")
+        try:
+            timetables = tuple(Timetable(expression, **given) for expression in expressions)
+        except ValueError as error:
+            raise JobDefinitionError(f"{self.name}: {error}") from None
         try:
             self.codec.encode((), {}, max_bytes=_MOST_BYTES_OF_NO_ARGUMENTS)
         except TypeError as error:
