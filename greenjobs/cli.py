@@ -18,6 +18,7 @@ import gevent
 from greenjobs import config, inspection, migrate, pool
 from greenjobs.cli_jobs import jobs_group
 from greenjobs.cli_options import configure, plain_errors, setting_options
+from greenjobs.cli_schedules import schedules_group
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
@@ -41,6 +42,7 @@ def main() -> None:
 
 
 main.add_command(jobs_group)
+main.add_command(schedules_group)
 
 
 @main.command()
