@@ -268,8 +268,8 @@ def test_runner_of_the_third_usage_snippet_runs_what_waits(reader: Reader) -> No
     assert "Hello, Ann!\n" in reader.follow(snippet)
 
 
-def test_statement_for_failed_jobs_has_them_tried_anew(reader: Reader) -> None:
-    (retry_failed,) = blocks_of("Errors", "sql")
+def test_command_for_failed_jobs_has_them_tried_anew(reader: Reader) -> None:
+    (retry_failed,) = blocks_of("Errors", "sh")
     reader.type("python -c \"import app; app.send_email.delay('Ann', 'Hello')\"")
     with databases.administration(str(reader.database_url)) as cursor:
         cursor.execute("UPDATE background_jobs SET state = 'failed', retries = 11, crashes = 3")
@@ -319,7 +319,9 @@ def test_columns_are_all_named(database_url: str) -> None:
 
 
 def test_flags_are_those_of_the_command_line() -> None:
-    commands = main.commands.values()  # type: ignore[attr-defined]
+    commands = list(main.commands.values())  # type: ignore[attr-defined]
+    for command in commands:  # those of groups are found on the way
+        commands.extend(getattr(command, "commands", {}).values())
     known = {flag for command in commands for each in command.params for flag in each.opts}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
 
