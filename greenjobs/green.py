@@ -7,7 +7,7 @@ and what interrupted it comes out as itself.
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import functools
 from typing import Any
 
@@ -15,14 +15,19 @@ import gevent
 import gevent.monkey
 import psycopg2
 from gevent.socket import wait_read, wait_write
+from gevent.threadpool import ThreadPool
 from psycogreen.gevent import patch_psycopg
-from psycopg2 import extensions
+from psycopg2 import _psycopg, extensions
 
 # What must be patched for jobs to overlap; a process where one of these is not was patched by hand, in part.
 _NEEDED_PATCHES = ("socket", "ssl", "time", "select", "threading")
 
 # The two states in which a statement can be under way. While connecting there is nothing to cancel.
 _CONNECTED = (extensions.STATUS_READY, extensions.STATUS_BEGIN)
+
+# A server that does not answer for so long is not going to be told. An interrupted job waits for this.
+_CANCEL_SECONDS = 2.0
+_CANCELLING_THREADS = 16
 
 
 def patch() -> None:
@@ -60,10 +65,37 @@ def _wait(connection: extensions.connection) -> None:
 
 
 def _cancel(connection: extensions.connection) -> None:
-    """Stop the statement on the server. libpq opens a second connection for this and blocks, so not in this thread."""
+    """Stop the statement on the server; libpq opens a second connection for this, and blocks.
+
+    psycopg2's own cancel() keeps the interpreter lock meanwhile, whatever the thread: a server that has gone silent
+    would stop the process. Through ctypes the same function of libpq lets go of it.
+    """
+    libpq = _libpq()
+    handle = libpq.PQgetCancel(connection.pgconn_ptr)
 
     def cancel() -> None:
-        with contextlib.suppress(psycopg2.Error):
-            connection.cancel()
+        reason = ctypes.create_string_buffer(256)
+        libpq.PQcancel(handle, reason, len(reason))  # if it fails, the session has ended, and the statement with it
+        libpq.PQfreeCancel(handle)
 
-    gevent.get_hub().threadpool.apply(cancel)
+    if handle:
+        with gevent.Timeout(_CANCEL_SECONDS, False):  # type: ignore[arg-type]  # the stubs lack it
+            _cancelling(gevent.get_hub()).apply(cancel)
+
+
+@functools.cache
+def _cancelling(hub: Any) -> ThreadPool:
+    """Threads of their own: those that a silent server keeps are not missed by others, such as look-ups of names."""
+    return ThreadPool(_CANCELLING_THREADS, hub=hub)
+
+
+@functools.cache
+def _libpq() -> ctypes.CDLL:
+    """The libpq that psycopg2 uses; its functions are found through the module that is linked to it."""
+    libpq = ctypes.CDLL(_psycopg.__file__)
+    libpq.PQgetCancel.argtypes = [ctypes.c_void_p]
+    libpq.PQgetCancel.restype = ctypes.c_void_p
+    libpq.PQcancel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int]
+    libpq.PQfreeCancel.argtypes = [ctypes.c_void_p]
+    libpq.PQfreeCancel.restype = None
+    return libpq
