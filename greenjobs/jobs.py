@@ -151,7 +151,8 @@ def plan(action: Action, *ids: int, limit: int | None = None, **filters: Unpack[
         missed = set(ids).difference(fence.id for fence in chosen)
         states = inspection.job_states(connection, sorted(missed)) if missed else {}
     assert meant.states is not None
-    left_alone = {id: _why_not_taken(states.get(id), meant.states) for id in sorted(missed)}
+    unfit = "does not fit the filters" if limit is None else "does not fit the filters, or is beyond the limit"
+    left_alone = {id: _why_not_taken(states.get(id), meant.states, unfit) for id in sorted(missed)}
     return Plan(action, tuple(meant.states), tuple(chosen), left_alone)
 
 
@@ -214,21 +215,21 @@ def _retry(batch: Sequence[storage.Fence], states: Sequence[str]) -> Outcome:
 
 
 def _outcome(batch: Sequence[storage.Fence], done: Iterable[int], asked: Sequence[int]) -> Outcome:
-    touched = {*done, *asked}
+    done = set(done)
+    touched = done.union(asked)
     missed = [fence.id for fence in batch if fence.id not in touched]
     left_alone: dict[int, str] = {}
     if missed:
         with _connection() as connection:
             states = inspection.job_states(connection, missed)
         left_alone = {id: _why_moved_on(states.get(id)) for id in missed}
-    ids = tuple(fence.id for fence in batch if fence.id in touched and fence.id not in asked)
-    return Outcome(ids, tuple(asked), left_alone)
+    return Outcome(tuple(fence.id for fence in batch if fence.id in done), tuple(asked), left_alone)
 
 
-def _why_not_taken(state: str | None, takes: Sequence[str]) -> str:
+def _why_not_taken(state: str | None, takes: Sequence[str], unfit: str) -> str:
     if state is None:
         return "is gone"
-    return "does not fit the filters" if state in takes else f"is {state}"
+    return unfit if state in takes else f"is {state}"
 
 
 def _why_moved_on(state: str | None) -> str:

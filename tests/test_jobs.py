@@ -346,6 +346,12 @@ class TestRetrying:
         outcome = jobs.retry(id, id + 1, queue="others")
         assert outcome == jobs.Outcome(left_alone={id: "does not fit the filters", id + 1: "is gone"})
 
+    def test_named_job_beyond_the_limit_is_named_again(self, database: running.Database) -> None:
+        first, second = insert(database, 2, state="failed")
+        outcome = jobs.retry(first, second, limit=1)
+        assert (outcome.ids, list(outcome.left_alone)) == ((second,), [first])
+        assert "beyond the limit" in outcome.left_alone[first]
+
     def test_idle_runner_is_woken(self, own_database: running.Database) -> None:
         """It would look by itself in an hour."""
         succeeds = False
