@@ -693,21 +693,27 @@ def test_enqueue_on_a_closed_connection_raises_what_psycopg2_says(
         _declare().options(connection=transaction).delay()
 
 
-def test_failed_bulk_on_an_autocommit_connection_of_the_caller_enqueues_nothing(
-    own_database: running.Database,
+@pytest.mark.parametrize("is_unique", [False, True], ids=["plain", "unique"])
+@pytest.mark.parametrize(
+    "factory",
+    [psycopg2.extras.RealDictCursor, psycopg2.extras.DictCursor, psycopg2.extras.NamedTupleCursor],
+    ids=lambda factory: factory.__name__,
+)
+def test_connection_may_have_a_cursor_of_its_own_kind(
+    database: running.Database, factory: type[psycopg2.extensions.cursor], is_unique: bool
 ) -> None:
-    work = _declare()
-    _refuse_number(own_database, 1500)
-    connection = psycopg2.connect(own_database.url)
-    connection.autocommit = True
+    """Flask applications like rows to be dicts."""
+
+    @job(unique=is_unique)
+    def work(number: int) -> None: ...
+
+    connection = psycopg2.connect(database.url, cursor_factory=factory)
     try:
-        with pytest.raises(psycopg2.errors.RaiseException):
-            work.options(connection=connection).delay_many((number,) for number in range(2000))
-        assert connection.autocommit
+        with connection:
+            handles = work.options(connection=connection).delay_many([(1,), (1,), (2,)])
+        assert {handle.id for handle in handles} == set(database.column("SELECT id FROM background_jobs"))
     finally:
         connection.close()
-
-    assert own_database.count() == 0
 
 
 def _refuse_number(database: running.Database, number: int) -> None:

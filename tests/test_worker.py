@@ -919,7 +919,7 @@ def test_failure_is_logged_with_job_and_attempt(database: running.Database, capl
 
     (record,) = [record for record in caplog.records if "failed" in record.message]
     assert record.levelname == "WARNING"
-    assert re.fullmatch(rf"job {handle.id} \(work\) failed on attempt 1 of 5; retrying in 1\d\d s", record.message)
+    assert re.fullmatch(rf"job {handle.id} \(work\) failed on attempt 1 of 5; retrying in 1\d\d\.\d s", record.message)
     assert record.exc_info and str(record.exc_info[1]) == "broken"
     assert record.__dict__["job_id"] == handle.id
 
