@@ -140,12 +140,13 @@ class Scheduler:
             if taken is None:
                 return False
             job = self._jobs[due.job_type]
-            last_job = taken.last_job_id
+            last_job, last_tick = taken.last_job_id, None
             for tick in ticks:
                 if not taken.overlap and last_job is not None and inspection.is_unfinished(connection, last_job):
                     logger.info("left out the tick of %r at %s: job %s has not finished", due.name, tick, last_job)
                     continue
                 call = job.options(queue=taken.queue, priority=taken.priority, run_at=tick, connection=connection)
-                last_job = call.enqueue_data(taken.data).id
-                storage.note_tick(connection, due.name, tick=tick, job=last_job)
+                last_job, last_tick = call.enqueue_data(taken.data).id, tick
+            if last_job is not None and last_tick is not None:
+                storage.note_tick(connection, due.name, tick=last_tick, job=last_job)
         return True
