@@ -102,3 +102,15 @@ CREATE UNLOGGED TABLE background_waiting (
     runner INTEGER NOT NULL,
     PRIMARY KEY (queue, runner)
 );
+
+-- A queue is all turnover: every job leaves two dead rows behind. The defaults wait for a fifth of the table, which is a
+-- million dead rows when five million wait; here vacuum comes at ten thousand and a hundredth, and does not pause to spare
+-- a disk that the claims would then read through dead rows. fillfactor stays as it is: a claim changes what is indexed, so
+-- that the new row needs new index entries whether it fits beside the old one or not.
+ALTER TABLE background_jobs SET (
+    autovacuum_vacuum_threshold = 10000,
+    autovacuum_vacuum_scale_factor = 0.01,
+    autovacuum_analyze_threshold = 10000,
+    autovacuum_analyze_scale_factor = 0.05,
+    autovacuum_vacuum_cost_delay = 0
+);
