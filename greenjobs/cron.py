@@ -12,6 +12,7 @@ asks what time it is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 import itertools
@@ -112,15 +113,14 @@ class Timetable:
                 return
 
 
-@functools.lru_cache(maxsize=64)
 def zone_named(name: str) -> ZoneInfo:
     """The time zone of this name; raises ValueError when there is none."""
     from zoneinfo import ZoneInfo
 
-    try:
-        return ZoneInfo(name)
-    except (KeyError, ValueError, OSError, TypeError, AttributeError):
-        pass
+    if isinstance(name, str) and name:
+        # A path that leads nowhere, or to a folder, is refused in as many ways.
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            return ZoneInfo(name)
     raise ValueError(f'timezone is {name!r}; allowed: a name of the IANA database, such as "UTC" or "Europe/Paris"')
 
 

@@ -131,7 +131,7 @@ def test_what_is_no_cron_expression_is_refused(cron: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "zone", ["", "Paris", "Europe", "Europe/Pariss", "/etc/passwd", "../UTC", None, 1, "Europe/Paris\0"]
+    "zone", ["", "Paris", "Europe", "Europe/Pariss", "/etc/passwd", "../UTC", None, 1, "Europe/Paris\0", [], "x" * 9999]
 )
 def test_what_is_no_time_zone_is_refused(zone: str) -> None:
     with pytest.raises(ValueError, match=r"^timezone is "):
