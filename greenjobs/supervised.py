@@ -84,7 +84,7 @@ class Line:
         when it has reached a limit."""
         self._handle = handle
         self._heed(self._urgency)
-        self._say(supervisor.UP)
+        self._say(supervisor.UP, str(self._settings.grace))
         gevent.spawn(self._watch_limits, handle)
 
     # --- hear ---------------------------------------------------------------------------------------------------------

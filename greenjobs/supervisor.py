@@ -62,7 +62,7 @@ _MANY_EARLY_DEATHS = 3
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
 _FILES_CHANGED = 0  # goes the way of the signals' numbers, and is none
 
-_OWN_OPTIONS = ("processes", "max_jobs", "max_memory", "grace", "log_level")
+_OWN_OPTIONS = ("processes", "max_jobs", "max_memory", "log_level")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +127,8 @@ class _Child:
     started_at: float
     is_up: bool = False
     is_leaving: bool = False
+    grace: float = 0.0
+    """How long it takes to stop, at most: its own setting, which may be newer than that of the supervisor."""
     kill_at: float = math.inf
     unread: bytes = b""
 
@@ -170,6 +172,7 @@ class Supervisor:
         self._children: list[_Child] = []
         self._generation = 0
         self._has_been_up = False
+        self._looked_at = 0.0
         self._stops = 0
         self._status = 0
         self._selector = selectors.DefaultSelector()
@@ -200,7 +203,7 @@ class Supervisor:
     def _start_what_is_due(self) -> None:
         if self._stops:
             return
-        now = time.monotonic()
+        self._looked_at = now = time.monotonic()
         empty = [slot for slot in self._slots if slot.child is None and not slot.is_done]
         if not self._has_been_up:
             # Until one has come up, one at a time: what is wrong with application or settings is then said once.
@@ -255,12 +258,12 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Wait for something to happen, and for no longer than until something is due; hear what children say."""
-        now = time.monotonic()
         moments = [child.kill_at for child in self._children]
         if not self._stops:
-            moments += [slot.not_before for slot in self._slots if slot.not_before > now]
+            # Later than the last look, not than now: what has become due in between would be waited for in vain.
+            moments += [slot.not_before for slot in self._slots if slot.not_before > self._looked_at]
         next_at = min(moments, default=math.inf)
-        timeout = None if next_at == math.inf else max(next_at - now, 0.0)
+        timeout = None if next_at == math.inf else max(next_at - time.monotonic(), 0.0)
         for key, _ in self._selector.select(timeout):
             if key.data is None:
                 self._answer_signals()
@@ -281,6 +284,7 @@ class Supervisor:
         for line in lines:
             word, _, rest = line.decode().partition(" ")
             if word == UP:
+                child.grace = float(rest)
                 self._note_up(child)
             elif word == RETIRE and not child.is_leaving:
                 self._renew(child.slot, rest, is_reload=False)
@@ -340,6 +344,8 @@ class Supervisor:
 
     def _note_end(self, child: _Child) -> None:
         slot, status = child.slot, child.process.returncode
+        if child.is_up and child.age >= _EARLY_SECONDS:
+            slot.early_deaths = 0
         end = f"{child} {_describe(status)} after {child.age:.1f} s"
         if child.is_leaving:
             self._note_departure(child, status, end)
@@ -382,7 +388,7 @@ class Supervisor:
                 self._stops, self._status = 1, status
             return
         if child.is_up and child.age >= _EARLY_SECONDS:
-            slot.early_deaths, slot.not_before = 0, 0.0
+            slot.not_before = 0.0
             logger.warning("%s; starting another", end)
             return
         pause = self._pause(slot)
@@ -392,7 +398,7 @@ class Supervisor:
     def _tell_to_stop(self, child: _Child, urgency: int = 1) -> None:
         """Say it to the child, which ends at once when it has not come up; and see to it that it does end."""
         child.is_leaving = True
-        grace = self._order.settings.grace if urgency == 1 else 0.0
+        grace = child.grace if urgency == 1 else 0.0
         child.kill_at = min(child.kill_at, time.monotonic() + grace + STUCK_SECONDS)
         with contextlib.suppress(OSError):
             child.line.send(f"{STOP} {urgency}\n".encode())
