@@ -130,6 +130,8 @@ class Codec:
             arguments = orjson.loads(text)
         except orjson.JSONDecodeError as error:
             raise self._mismatch(f"the stored payload is not JSON: {error}", "") from error
+        if arguments is None:  # what the crate writes for a job without fields
+            arguments = {}
         if type(arguments) is not dict:
             raise self._mismatch("the stored payload is not a JSON object", "")
         if self.dataclass is not None:

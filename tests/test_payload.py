@@ -1025,7 +1025,7 @@ def test_static_method_is_a_plain_function():
     [
         ("{", "the stored payload is not JSON", ""),
         ("[]", "the stored payload is not a JSON object", ""),
-        ("null", "the stored payload is not a JSON object", ""),
+        ("null", "the stored payload lacks the argument 'to'", "to"),
         ("{}", "the stored payload lacks the argument 'to'", "to"),
         ('{"subject": 1}', "the stored payload lacks the argument 'to'", "to"),
         ('{"to": 1, "cc": 2}', r"the stored payload has the argument 'cc', which send_email\(\) does not take", "cc"),
@@ -1734,3 +1734,11 @@ def test_plain_jobs_do_not_load_dataclasses_json():
         "sys.exit('dataclasses_json' in sys.modules or 'marshmallow' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_null_is_the_payload_of_a_job_without_arguments() -> None:
+    """The crate writes null for a unit struct."""
+
+    def nightly() -> None: ...
+
+    assert Codec(nightly, job_name="nightly").decode("null") == ((), {})
