@@ -424,7 +424,7 @@ class Schedule:
 
     `last_tick_at` is the last one that a job was enqueued for, `last_job_id` that job, `last_job_state` its state, None
     when it is done. `declared_by` is the runner that declared it last, None for one that was made at run time;
-    `is_orphaned` says that this runner ended more than a minute ago. `is_known` says whether a live runner knows the job.
+    `is_orphaned` says that this runner ended more than a minute ago, `is_known` that a live runner knows the job.
     """
 
     name: str
