@@ -298,7 +298,7 @@ def test_process_that_keeps_dying_is_started_again_for_ever_and_later_each_time(
             r"WARNING .*was ended by SIGKILL .* early death 1 in a row; starting another in 0\.[01] s$"
         )
         dying.process.wait_for_line(
-            r"ERROR .*was ended by SIGKILL .* early death 4 in a row; starting another in 0\.[4-8] s$"
+            r"ERROR .*was ended by SIGKILL .* early death 3 in a row; starting another in 0\.[2-4] s$"
         )
         assert dying.process.is_running
         dying.process.terminate()
