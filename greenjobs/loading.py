@@ -56,6 +56,8 @@ def _module_name(name: str) -> str:
             folder = folder.parent
         _put_on_path(str(folder))
         return ".".join(parts)
+    if not all(part.isidentifier() for part in name.strip().split(".")):
+        raise ConfigError(f"app is {name!r}, which is neither the name of a module nor that of a file")
     _put_on_path(str(Path.cwd()))
     return name.strip()
 
@@ -75,10 +77,6 @@ def _import(module_name: str, given: str) -> Any:
                 f"app is {given!r}, but there is no module {error.name!r} in {Path.cwd()} or on the Python path"
             ) from None
         raise
-    except (ValueError, TypeError) as error:
-        if not module_name.replace(".", "").isidentifier():
-            raise ConfigError(f"app is {given!r}, which is not the name of a module: {error}") from None
-        raise
 
 
 def _evaluate(module: Any, expression: str, given: str) -> Any:
@@ -90,7 +88,7 @@ def _evaluate(module: Any, expression: str, given: str) -> Any:
         if not isinstance(target, ast.Name):
             raise ValueError("only a name, or a call of a name")
         args = [ast.literal_eval(arg) for arg in call.args] if call else []
-        kwargs = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg} if call else {}
+        kwargs = dict(_keyword(word) for word in call.keywords) if call else {}
     except (SyntaxError, ValueError) as error:
         raise ConfigError(
             f"app is {given!r}; after the colon goes a name or a factory's call with plain values, "
@@ -99,4 +97,12 @@ def _evaluate(module: Any, expression: str, given: str) -> Any:
     if not hasattr(module, target.id):
         raise ConfigError(f"app is {given!r}, but module {module.__name__!r} has no {target.id!r}")
     found = getattr(module, target.id)
+    if call and not callable(found):
+        raise ConfigError(f"app is {given!r}, but {target.id!r} of module {module.__name__!r} is no factory: {found!r}")
     return found(*args, **kwargs) if call else found
+
+
+def _keyword(word: ast.keyword) -> tuple[str, Any]:
+    if word.arg is None:
+        raise ValueError("only arguments by name, not **")
+    return word.arg, ast.literal_eval(word.value)
