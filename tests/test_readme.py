@@ -26,7 +26,7 @@ import requests
 from processes import Process
 from waiting import eventually
 
-from greenjobs import config
+from greenjobs import config, policy
 from greenjobs.cli import main
 from greenjobs.job import HIGHEST_PRIORITY, LOWEST_PRIORITY, Job
 
@@ -286,12 +286,13 @@ def test_readme_is_short() -> None:
 
 
 def test_table_of_options_is_that_of_the_code() -> None:
-    """When this fails, the lines that are expected belong into the README."""
+    """When this fails, the lines that are expected belong into docs/configuration.md."""
     rows = [
         f"| `{option.name}` | {'' if option.default is None else f'`{option.default}`'} | {option.help} |"
         for option in config.OPTIONS.values()
     ]
-    assert "\n".join(["| Option | Default | Meaning |", "| --- | --- | --- |", *rows, ""]) in README
+    page = (processes.ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page.endswith("\n".join(["| Option | Default | Meaning |", "| --- | --- | --- |", *rows, ""]))
 
 
 def keyword_parameters(function: object) -> list[str]:
@@ -301,7 +302,8 @@ def keyword_parameters(function: object) -> list[str]:
 
 def test_settings_of_a_job_are_all_named() -> None:
     (listed,) = re.findall(r"^`@job` takes (.*?)\.$", README, re.MULTILINE | re.DOTALL)
-    assert set(re.findall(r"`(\w+)`", listed)) == set(keyword_parameters(Job.__init__))
+    settings = {*keyword_parameters(Job.__init__), *keyword_parameters(policy.declared)}
+    assert set(re.findall(r"`(\w+)`", listed)) == settings
 
 
 def test_options_of_a_call_are_all_shown() -> None:
