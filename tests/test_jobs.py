@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -146,7 +147,7 @@ class TestFinding:
                 database, queue="emails", job_type="send", state="failed", errors=refused, created_at=LONG_AGO
             ),
             "b": insert_one(
-                database, queue="emails", job_type="note", state="scheduled", created_at="now", last_retry=LONG_AGO
+                database, queue="emails", job_type="note", state="scheduled", created_at="now", last_retry="now"
             ),
             "c": insert_one(
                 database,
@@ -164,9 +165,10 @@ class TestFinding:
         assert {name for name, id in named.items() if id in found} == expected
 
     def test_only_the_last_error_is_searched(self, database: running.Database) -> None:
-        errors = json.loads(failed_with("KeyError", "first")) + json.loads(failed_with("KeyError", "last"))
+        errors = json.loads(failed_with("KeyError", "first")) + json.loads(failed_with("IndexError", "last"))
         insert(database, state="failed", errors=json.dumps(errors))
-        assert (jobs.count(error="first"), jobs.count(error="last")) == (0, 1)
+        counts = [jobs.count(error=text) for text in ("KeyError", "first", "IndexError", "last", "IndexError: last")]
+        assert counts == [0, 0, 1, 1, 1]
 
     def test_ids_and_filters_must_both_hold(self, database: running.Database) -> None:
         failed, other = insert_one(database, state="failed"), insert_one(database)
@@ -352,25 +354,17 @@ class TestRetrying:
         assert (outcome.ids, list(outcome.left_alone)) == ((second,), [first])
         assert "beyond the limit" in outcome.left_alone[first]
 
-    def test_idle_runner_is_woken(self, own_database: running.Database) -> None:
-        """It would look by itself in an hour."""
-        succeeds = False
-        done = Event()
-
-        @job(max_retries=0)
-        def work() -> None:
-            assert succeeds
-            done.set()
-
-        handle = work.delay()
-        runner = Runner().register(work).configure_queue("default", poll_interval=3600)
-        with running.started(runner):
-            own_database.wait_for("state = 'failed'")
-            waits = "SELECT count(*) FROM background_waiting"
-            eventually(lambda: own_database.value(waits) == 1, "the runner is not idle", seconds=PATIENCE)
-            succeeds = True
-            jobs.retry(handle.id)
-            assert done.wait(PATIENCE)
+    def test_runners_that_wait_at_the_queue_are_woken(self, database: running.Database) -> None:
+        """Those that said so; a runner that polls once an hour hears of it at once."""
+        database.rows("TRUNCATE background_waiting")
+        database.rows("INSERT INTO background_waiting VALUES ('emails', 71), ('emails', 72), ('others', 73)")
+        insert(database, 5, state="failed", queue="emails")
+        database.rows("LISTEN greenjobs")
+        jobs.retry(queue="emails")
+        database.rows("UNLISTEN greenjobs")
+        heard = sorted(notification.payload for notification in database.connection.notifies)
+        assert heard == ["71:emails", "72:emails"]
+        assert database.column("SELECT runner FROM background_waiting") == [73]
 
     def test_only_one_of_a_unique_key_is_retried(self, database: running.Database) -> None:
         """The others stay failed: of a unique job, no two wait at the same time."""
@@ -416,9 +410,15 @@ class TestRetrying:
         self, database: running.Database
     ) -> None:
         ids = insert(database, 300, state="failed")
-        greenlets = at_once(lambda: jobs.retry(*ids), lambda: jobs.discard(*ids[::-1]), lambda: jobs.retry(*ids[::-1]))
-        outcomes = results(greenlets)
-        assert sorted(id for outcome in outcomes for id in outcome.ids) == ids
+        retrying, discarding = jobs.plan("retry", state="failed"), jobs.plan("discard", state="failed")
+        retrying = replace(retrying, chosen=retrying.chosen[::-1])
+        with transaction(database) as cursor:
+            cursor.execute("SELECT FROM background_jobs WHERE id = %s FOR UPDATE", [ids[150]])
+            greenlets = at_once(retrying.carry_out, discarding.carry_out)
+            wait_until_blocked(database, 2)
+        retried, discarded = results(greenlets)
+        assert sorted(retried.ids + discarded.ids) == ids
+        assert sorted(database.column("SELECT id FROM background_jobs")) == sorted(retried.ids)
 
     def test_job_that_was_retried_and_failed_again_meanwhile_is_left_alone(self, database: running.Database) -> None:
         id = insert_one(database, state="failed", attempt=1)
