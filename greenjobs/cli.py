@@ -92,7 +92,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
         if migrate_first:
             _migrate(settings.session_url or url)
         runner = Runner(url, context=application).register(*jobs.values())
-        for queue, options in (_parse_queue(text) for text in queues):
+        for queue, options in _parse_queues(queues).items():
             runner.configure_queue(queue, **options)
         if until_empty:
             runner.shutdown_when_queue_empty()
@@ -209,6 +209,16 @@ def _migrate(url: str) -> list[str]:
     for label in applied:
         click.echo(f"applied {label}")
     return applied
+
+
+def _parse_queues(texts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    queues: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        queue, options = _parse_queue(text)
+        if queue in queues:
+            raise ConfigError(f"--queue is {text!r}, but {queue!r} is given twice")
+        queues[queue] = options
+    return queues
 
 
 def _parse_queue(text: str) -> tuple[str, dict[str, Any]]:
