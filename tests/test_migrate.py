@@ -310,15 +310,20 @@ def test_adopted_rows_are_run(database: running.Database) -> None:
     def index(name: str) -> None:
         ran.append(name)
 
+    @job
+    def squash() -> None:
+        """As of a unit struct, which serde writes as null."""
+        ran.append("squash")
+
     _adopt(
         database,
-        """('index', '{"name": "c"}', 0, '1970-01-01', '2024-02-29', -32768)""",
-        """('index', '{"name": "b"}', 0, '1970-01-01', '2024-02-29', 0)""",
-        """('index', '{"name": "a"}', 3, '2024-03-01', '2024-02-29', 7)""",
+        """('squash', 'null', 0, '1970-01-01', '2024-02-29', -32768)""",
+        """('index', '{"name": "a"}', 0, '1970-01-01', '2024-02-29', 0)""",
+        """('index', '{"name": "b"}', 3, '2024-03-01', '2024-02-29', 7)""",
     )
-    running.work_off(index, pool=1)
+    running.work_off(index, squash, pool=1)
 
-    assert ran == ["a", "b", "c"]
+    assert ran == ["b", "a", "squash"]
     assert database.count() == 0
 
 
