@@ -9,13 +9,21 @@ endif
 ARGS ?=
 BIN = .venv/bin
 
-.PHONY: stress test test-verbose lint ci bench clean venv venv-lint
+.PHONY: stress test test-faults fault-figures test-verbose lint ci bench clean venv venv-lint
 
 stress: venv
 	@$(BIN)/python -m examples.stress_test $(ARGS)
 
 test: venv
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+# The tests of faults, with those that take minutes.
+test-faults: venv
+	@$(BIN)/python -m pytest -q -m "long or not long" tests/faults $(ARGS)
+
+# The figures of docs/reliability.md; ARGS=--write puts them there.
+fault-figures: venv
+	@PYTHONPATH=tests $(BIN)/python -m faults.figures $(ARGS)
 
 test-verbose: venv
 	@$(BIN)/python -m pytest -v -s $(ARGS)
