@@ -41,6 +41,9 @@ _SETTINGS = {
     "wal_retrieve_retry_interval": "100ms",
 }
 
+# How to stop it: with a checkpoint; at once, as in a crash; and without the postmaster noticing.
+WAYS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "kill -9": signal.SIGKILL}
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # What the server says while the last processes of one that was killed are still there.
@@ -73,11 +76,6 @@ class Server:
         return f"postgresql://postgres@/postgres?host={quote(str(self.folder / 's'))}&port={self.port}"
 
     @property
-    def tcp_url(self) -> str:
-        """By its port, for a server with listen_addresses."""
-        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
-
-    @property
     def log(self) -> str:
         return (self.folder / "log").read_text(errors="replace")
 
@@ -89,7 +87,7 @@ class Server:
         eventually(self._launch, f"the server in {self.folder} does not start", seconds=PATIENCE_SECONDS)
 
     def stop(self, how: int = signal.SIGINT) -> None:
-        """SIGINT: fast, ending sessions and writing a checkpoint; SIGQUIT: immediate, as in a crash."""
+        """Stop it in one of the WAYS."""
         assert self._process is not None
         self._process.send_signal(how)
         self._process.wait(PATIENCE_SECONDS)

@@ -13,7 +13,7 @@ from waiting import eventually
 
 from .arena import Arena, RunnerProcess
 from .ledger import Balance, Run
-from .server import Server
+from .server import WAYS, Server
 
 # Jobs that are innocent may be held by three runners that die, in such weather.
 _OPTIONS = ("--pool", "20", "--max-crashes", "1000")
@@ -115,7 +115,7 @@ def _cut_connections(storm: Storm, runner: RunnerProcess) -> Cost:
 
 
 def _restart_server(storm: Storm, runner: RunnerProcess) -> Cost:
-    storm.server.restart(storm._random.choice((signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)))
+    storm.server.restart(storm._random.choice(list(WAYS.values())))
     return Cost.ALL
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +17,10 @@ from greenjobs.migrate import migrate
 from . import arena as arenas
 from .arena import Arena
 from .conftest import MakeServer
-from .server import Server, give_to_account, workshop
+from .server import WAYS, Server, give_to_account, workshop
 
 POOL = 10
 LOAD = ("--threads", "8", "--pause", "0.02")
-
-WAYS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "kill -9": signal.SIGKILL}
 
 
 @pytest.mark.parametrize("how", WAYS)
