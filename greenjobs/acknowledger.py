@@ -9,14 +9,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-import gevent
 from gevent.event import Event
 
 from greenjobs import storage
 from greenjobs.storage import Failure, Fence, Snoozed
 
 if TYPE_CHECKING:
-    from greenjobs.service import Service
+    from greenjobs.service import Service, Spawn
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +28,13 @@ Item = TypeVar("Item")
 class Group(Generic[Item]):
     """Gathers items and writes them together, one statement at a time."""
 
-    def __init__(self, write: Callable[[Sequence[Item]], None]) -> None:
+    def __init__(self, write: Callable[[Sequence[Item]], None], spawn: Spawn) -> None:
         self._write = write
         self._gathered: list[Item] = []
         self._in_writing: list[Item] = []
         self._arrived = Event()
         self._drained = Event()
-        self._greenlet = gevent.spawn(self._write_for_ever)
+        self._greenlet = spawn(self._write_for_ever)
 
     def add(self, item: Item) -> None:
         """Hand over one item; returns at once."""
@@ -75,13 +74,13 @@ class Acknowledger:
     `on_settled` is called with the ids of jobs whose outcome the database has, or has refused.
     """
 
-    def __init__(self, service: Service, *, on_settled: Callable[[set[int]], None]) -> None:
+    def __init__(self, service: Service, *, on_settled: Callable[[set[int]], None], spawn: Spawn) -> None:
         self._service = service
         self._on_settled = on_settled
-        self.done: Group[Fence] = Group(self._write_done)
-        self.failed: Group[Failure] = Group(self._write_failed)
-        self.unfinished: Group[Fence] = Group(self._write_unfinished)
-        self.snoozed: Group[Snoozed] = Group(self._write_snoozed)
+        self.done: Group[Fence] = Group(self._write_done, spawn)
+        self.failed: Group[Failure] = Group(self._write_failed, spawn)
+        self.unfinished: Group[Fence] = Group(self._write_unfinished, spawn)
+        self.snoozed: Group[Snoozed] = Group(self._write_snoozed, spawn)
         self._groups = (self.done, self.failed, self.unfinished, self.snoozed)
 
     def pending_ids(self) -> set[int]:

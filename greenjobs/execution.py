@@ -214,7 +214,8 @@ class Executor:
             if isinstance(attempt.interrupted_by, (JobCancelled, JobHardTimeout)):
                 raise attempt.interrupted_by
         except BaseException as error:  # a job may raise anything; SystemExit and GreenletExit are failures, too
-            self._settle_raised(attempt, error)
+            # Without the first frame, which is this one.
+            self._settle_raised(attempt, error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
         else:
             self._done(Fence(row.id, row.attempt))
             if events.handlers:
@@ -236,7 +237,10 @@ class Executor:
             error = attempt.interrupted_by
         verdict = judge(attempt.job.policy, error, failures=attempt.row.retries + 1, max_retries=attempt.max_retries)
         fence = Fence(attempt.row.id, attempt.row.attempt)
-        _log(attempt, verdict, error)
+        try:
+            _log(attempt, verdict, error)
+        except Exception:  # a filter or a handler of the application's
+            sys.stderr.write(f"job {attempt.row.id} ({attempt.job.name}): {verdict.outcome}; logging it failed\n")
         if verdict.outcome in ("failed", "retried"):
             record = _error_record(error, attempt.number, self._runner_name)
             self._failed(Failure(fence, verdict.retry_in, record))
@@ -272,8 +276,6 @@ class Executor:
 def _log(attempt: Attempt, verdict: Verdict, error: BaseException) -> None:
     row = attempt.row
     keys = _log_keys(attempt)
-    # The first frame is this module's, which tells nobody anything.
-    error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
     if verdict.outcome == "failed":
         logger.error(
             "job %s (%s) failed on attempt %s and is not tried again",
@@ -315,13 +317,18 @@ def _log_keys(attempt: Attempt) -> dict[str, Any]:
 
 def _error_record(error: BaseException, attempt: int, runner_name: str) -> dict[str, Any]:
     """The error as it is kept on the row. PostgreSQL's JSON has no NUL and no lone surrogates; messages may."""
-    summary = traceback.TracebackException.from_exception(error)
+    try:
+        summary = traceback.TracebackException.from_exception(error)
+        message, trace = str(summary), "".join(summary.format())  # also for errors whose own __str__ fails
+    except Exception as failure:  # for example a SyntaxError that does not say where
+        message = f"the error cannot be shown: {type(failure).__name__}"
+        trace = "".join(traceback.format_tb(error.__traceback__))
     return {
         "at": datetime.now(timezone.utc).isoformat(),
         "attempt": attempt,
         "error": type(error).__qualname__,
-        "message": _storable(str(summary))[:_LONGEST_MESSAGE],  # also for errors whose own __str__ fails
-        "traceback": _storable("".join(summary.format()))[-_LONGEST_TRACEBACK:],
+        "message": _storable(message)[:_LONGEST_MESSAGE],
+        "traceback": _storable(trace)[-_LONGEST_TRACEBACK:],
         "runner": runner_name,
     }
 

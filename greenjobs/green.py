@@ -61,6 +61,9 @@ def _wait(connection: extensions.connection) -> None:
             # but the server would go on with the statement and, in autocommit, commit it.
             if connection.status in _CONNECTED:
                 _cancel(connection)
+            else:
+                # Nobody has it yet but this frame, which the traceback keeps alive, and the session with it.
+                connection.close()
             raise
 
 

@@ -117,15 +117,15 @@ _HELD = """
 SELECT id, attempt
 FROM background_jobs
 WHERE state = 'running'
-    AND claimed_by = %(runner)s
+    AND claimed_by = ANY(%(runners)s)
     AND claimed_at < now() - make_interval(secs => %(age)s)
 """
 
 
-def held_jobs(connection: Connection, runner: int, *, age_seconds: float) -> list[tuple[int, int]]:
-    """Id and attempt of the jobs that this runner has held for that long, according to the database."""
+def held_jobs(connection: Connection, runners: Sequence[int], *, age_seconds: float) -> list[tuple[int, int]]:
+    """Id and attempt of the jobs that these runners have held for that long, according to the database."""
     with connection.cursor() as cursor:
-        cursor.execute(_HELD, {"runner": runner, "age": age_seconds})
+        cursor.execute(_HELD, {"runners": list(runners), "age": age_seconds})
         return [(id, attempt) for id, attempt in cursor.fetchall()]
 
 

@@ -263,15 +263,15 @@ class Call(Generic[P]):
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
         pool, storage = _database_rooms()
-        batches = [
-            self._new_jobs(storage, data[start : start + BATCH_SIZE]) for start in range(0, len(data), BATCH_SIZE)
-        ]
         try:
             if self._options.connection is not None:
-                enqueued = storage.enqueue_inside(pool.raw_connection(self._options.connection), batches)
+                connection = pool.raw_connection(self._options.connection)
+                # In autocommit every statement commits by itself, so all or nothing takes a single one.
+                batches = self._batches(storage, data, len(data) if connection.autocommit else BATCH_SIZE)
+                enqueued = storage.enqueue_inside(connection, batches)
             else:
-                with lender(settings).connection() as connection:
-                    enqueued = storage.enqueue(connection, batches)
+                with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
+                    enqueued = storage.enqueue(connection, self._batches(storage, data, BATCH_SIZE))
         except Exception as error:
             if getattr(error, "pgcode", None) != _UNDEFINED_TABLE:
                 raise
@@ -281,6 +281,9 @@ class Call(Generic[P]):
             ) from error
         name = self._job.name
         return [JobHandle(id, name, is_duplicate) for id, is_duplicate in enqueued]
+
+    def _batches(self, storage: Any, data: list[str], size: int) -> list[NewJobs]:
+        return [self._new_jobs(storage, data[start : start + size]) for start in range(0, len(data), size)]
 
     def _new_jobs(self, storage: Any, data: list[str]) -> NewJobs:
         job, options = self._job, self._options

@@ -19,7 +19,7 @@ from gevent.event import Event
 from greenjobs import inspection, storage
 
 if TYPE_CHECKING:
-    from greenjobs.service import Service
+    from greenjobs.service import Service, Spawn
     from greenjobs.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ class Fellow(Protocol):
 class Maintenance:
     """Three loops beside the workers of a runner."""
 
-    def __init__(self, fellow: Fellow, service: Service) -> None:
+    def __init__(self, fellow: Fellow, service: Service, *, spawn: Spawn) -> None:
+        self._spawn = spawn
         self._fellow = fellow
         self._service = service
         self._due_sooner = Event()
@@ -77,9 +78,9 @@ class Maintenance:
     def start(self) -> None:
         """Begin all loops."""
         self._greenlets = [
-            gevent.spawn(self._promote_for_ever),
-            gevent.spawn(self._look_for_ever),
-            gevent.spawn(self._care_for_ever),
+            self._spawn(self._promote_for_ever),
+            self._spawn(self._look_for_ever),
+            self._spawn(self._care_for_ever),
         ]
 
     def stop(self) -> None:
@@ -152,7 +153,9 @@ class Maintenance:
 
     def rescue(self) -> None:
         """Take back what dead runners held."""
-        dead = self._service.call(inspection.dead_runners)
+        # Without its own former ids: what it still holds under them it adopts when it has a session again.
+        own_ids = set(self._service.runner_ids)
+        dead = [runner for runner in self._service.call(inspection.dead_runners) if runner not in own_ids]
         if not dead:
             return
         rescued = self._service.call(storage.rescue, dead, most_crashes=self._fellow.max_crashes)
@@ -178,14 +181,12 @@ class Maintenance:
 
     def audit(self) -> None:
         """Give back what the database says this runner holds, and it does not know of."""
-        runner = self._fellow.runner_id
-        if runner is None:
-            return
-        held = self._service.call(inspection.held_jobs, runner, age_seconds=_AUDIT_AGE_SECONDS)
+        runners = self._service.runner_ids
+        held = self._service.call(inspection.held_jobs, runners, age_seconds=_AUDIT_AGE_SECONDS)
         known = self._fellow.held_ids()
         unknown = [storage.Fence(id, attempt) for id, attempt in held if id not in known]
         if unknown:
-            given_back = self._service.call(storage.give_back, [runner], unknown)
+            given_back = self._service.call(storage.give_back, runners, unknown)
             if given_back:
                 logger.warning("gave back jobs %s, whose claim was never answered", sorted(given_back))
 

@@ -233,7 +233,9 @@ def _signature_of(function: Callable[..., object], job_name: str) -> inspect.Sig
         raise JobDefinitionError(f"job {job_name!r} {reason}")
 
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        refuse("is an async function; a job is a plain one: declare it with def, and call asyncio.run(...) inside")
+        refuse(
+            "is an async function; a job is a plain one: declare it with def; for an event loop, run a child process: gevent has its own"
+        )
     if inspect.isgeneratorfunction(function):
         refuse("is a generator function, and calling one runs nothing: do the work in a function without yield")
     if not inspect.isfunction(function):

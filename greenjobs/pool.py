@@ -63,8 +63,10 @@ class ConnectionPool:
         wait_seconds: float,
         application_name: str,
         session: Mapping[str, str] | None = None,
+        answer_seconds: float | None = None,
     ) -> None:
         self.database_url = database_url
+        self.answer_seconds = answer_seconds
         self.session = session
         self.size = size
         self.wait_seconds = wait_seconds
@@ -139,6 +141,7 @@ class ConnectionPool:
                 application_name=self.application_name,
                 timeout_seconds=max(deadline - time.monotonic(), 0.1),
                 session=self.session,
+                answer_seconds=self.answer_seconds,
             )
         except BaseException:
             self._forget_one()
@@ -201,26 +204,44 @@ def raw_connection(given: Any) -> Connection:
 
 
 def connect(
-    database_url: str, *, application_name: str, timeout_seconds: float, session: Mapping[str, str] | None = None
+    database_url: str,
+    *,
+    application_name: str,
+    timeout_seconds: float,
+    session: Mapping[str, str] | None = None,
+    answer_seconds: float | None = None,
 ) -> PlanningConnection:
     """Open an autocommit connection; starts the embedded server where the URL names one.
 
     The `session` settings are made in the server's session, unless a pooler is in between, which shares it with others.
+    A network that stays silent for `answer_seconds` after something was sent ends the connection; 20 if not given.
     Raises DatabaseUnavailable when the server refuses, does not answer within `timeout_seconds`, or is too old.
     """
-    dsn = _libpq_dsn(database_url, application_name, timeout_seconds)
+    dsn = _libpq_dsn(database_url, application_name, timeout_seconds, answer_seconds)
     try:
         with _green_deadline(timeout_seconds):
             connection = psycopg2.connect(dsn, connection_factory=PlanningConnection)
-    except psycopg2.OperationalError as error:
+            try:
+                _require_version(connection, database_url)
+                _prepare(connection, session)
+            except BaseException:
+                connection.close()
+                raise
+    except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
         raise DatabaseUnavailable(f"cannot connect to {config.redact(database_url)}: {str(error).strip()}") from error
-    if connection.server_version < MINIMUM_SERVER_VERSION:
-        version = connection.server_version
-        connection.close()
+    return connection
+
+
+def _require_version(connection: Connection, database_url: str) -> None:
+    version = connection.server_version
+    if version < MINIMUM_SERVER_VERSION:
         raise DatabaseUnavailable(
             f"{config.redact(database_url)} is PostgreSQL {version // 10000}.{version % 10000}; "
             f"greenjobs needs {MINIMUM_SERVER_VERSION // 10000} or later"
         )
+
+
+def _prepare(connection: PlanningConnection, session: Mapping[str, str] | None) -> None:
     connection.autocommit = True
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_backend_pid()")
@@ -228,10 +249,9 @@ def connect(
         connection.is_pooled = cursor.fetchone() != (connection.info.backend_pid,)
         if session and not connection.is_pooled:
             cursor.execute(_SET, {"settings": json.dumps(session)})
-    return connection
 
 
-def _libpq_dsn(database_url: str, application_name: str, timeout_seconds: float) -> str:
+def _libpq_dsn(database_url: str, application_name: str, timeout_seconds: float, answer_seconds: float | None) -> str:
     """The URL as libpq takes it, with our defaults for what it leaves open."""
     if embedded.is_embedded_url(database_url):
         database_url = embedded.start(database_url, project_folder=config.project_folder())
@@ -248,7 +268,30 @@ def _libpq_dsn(database_url: str, application_name: str, timeout_seconds: float)
         # Whole seconds, at least 2: libpq rounds up, and a smaller value would fail on a merely busy host.
         "connect_timeout": str(max(2, int(timeout_seconds + 0.999))),
     }
+    if answer_seconds is not None:
+        defaults["tcp_user_timeout"] = str(max(1000, int(answer_seconds * 1000)))
     return str(extensions.make_dsn(**{**defaults, **given}))
+
+
+class bounded:
+    """Make what the database says when it does not take a statement in time, or is gone, a DatabaseUnavailable.
+
+    The statements of `shared_pool` are given up by the server after `enqueue_timeout`, and by the network a little later.
+    """
+
+    __slots__ = ("_seconds",)
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, error_type: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, psycopg2.errors.QueryCanceled):
+            raise DatabaseUnavailable(f"the database did not take it within {self._seconds:g} s") from error
+        if isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError)):
+            raise DatabaseUnavailable(f"the database did not take it: {str(error).strip()}") from error
 
 
 @contextlib.contextmanager
@@ -308,6 +351,7 @@ def shared_pool(settings: config.Settings, database_url: str | None = None) -> C
             size=settings.enqueue_connections,
             wait_seconds=settings.enqueue_timeout,
             application_name="greenjobs",
+            answer_seconds=settings.enqueue_timeout,
             session={
                 "plan_cache_mode": "force_generic_plan",
                 "statement_timeout": str(int(settings.enqueue_timeout * 1000)),

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gevent
@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 10.0
 
-# How long interrupted jobs have to tidy up, and how long outcomes may take to be written at the end.
+# How long interrupted jobs have to tidy up, and how long claims and outcomes may take at the end.
 _TIDY_SECONDS = 5.0
-_FLUSH_SECONDS = 10.0
+_ANSWER_SECONDS = 10.0
 
 # A runner that is to stop when its queues are empty asks itself this often.
 _EMPTY_LOOK_SECONDS = 0.05
@@ -82,7 +82,7 @@ class Runner:
 
         Once a queue is configured, only configured ones are served.
         """
-        check_queue_name(queue, "queue", ConfigError)
+        queue = check_queue_name(queue, "queue", ConfigError)
         given = config.check({"pool": pool, "poll_interval": poll_interval})
         self._queues[queue] = {
             "pool": given.get("pool", self.settings.pool),
@@ -153,8 +153,8 @@ class RunnerHandle:
         """Whether jobs had to be interrupted when the runner ended."""
         self._settings = runner.settings
         self._service = Service(runner.database_url, on_standby=self._leave_standby)
-        self._acknowledger = Acknowledger(self._service, on_settled=self._settled)
-        self._maintenance = Maintenance(self, self._service)
+        self._acknowledger = Acknowledger(self._service, on_settled=self._settled, spawn=self._spawn)
+        self._maintenance = Maintenance(self, self._service, spawn=self._spawn)
         self._scheduler = Scheduler(jobs, runner.settings.schedules, self._service)
         self._database_url = runner.database_url
         self.session = "lock"
@@ -177,6 +177,7 @@ class RunnerHandle:
                 service=self._service,
                 acknowledger=self._acknowledger,
                 runner_name=self.name,
+                spawn=self._spawn,
             )
             for queue, options in queues.items()
         }
@@ -333,20 +334,45 @@ class RunnerHandle:
 
     def _drain(self) -> None:
         logger.info("%s claims no more; %s jobs are still running", self.name, self.running_jobs())
-        claims_end = [gevent.spawn(worker.stop_claiming) for worker in self.workers.values()]
-        jobs_end = gevent.spawn(self._wait_for_jobs)
+        for worker in self.workers.values():
+            worker.stop_claiming()
+        claims_answered = gevent.spawn(self._for_each_worker, Worker.wait_claimed)
+        self._wait(claims_answered, _ANSWER_SECONDS, until_urgency=3)
+        jobs_end = gevent.spawn(self._for_each_worker, Worker.wait_until_done)
         if not self._wait(jobs_end, self._settings.grace, until_urgency=2):
             self._interrupt("the runner is to stop")
             if not self._wait(jobs_end, _TIDY_SECONDS, until_urgency=3):
                 logger.warning("%s jobs did not end when they were interrupted", self.running_jobs())
             self.gave_up_jobs = True
         outcomes_written = gevent.spawn(self._acknowledger.wait_empty)
-        if not self._wait(outcomes_written, _FLUSH_SECONDS, until_urgency=3):
+        if not self._wait(outcomes_written, _ANSWER_SECONDS, until_urgency=3) and self._acknowledger.pending_ids():
             pending = len(self._acknowledger.pending_ids())
             logger.error("the database does not answer: the outcomes of %s jobs are lost, they will run again", pending)
-        gevent.killall([*claims_end, jobs_end, outcomes_written])
-        self._maintenance.stop()
+        gevent.killall([claims_answered, jobs_end, outcomes_written])
+        # Whatever could still claim has to end before the last look at what is held.
+        self._end_greenlets()
         self._leave()
+
+    def _for_each_worker(self, wait: Callable[[Worker], None]) -> None:
+        for worker in self.workers.values():
+            wait(worker)
+
+    def _end_greenlets(self) -> None:
+        for worker in self.workers.values():
+            worker.end()
+        self._maintenance.stop()
+        self._acknowledger.stop()
+
+    def _spawn(self, loop: Callable[[], None]) -> gevent.Greenlet[..., None]:
+        greenlet = gevent.spawn(loop)
+        greenlet.link_exception(self._fail)
+        return greenlet
+
+    def _fail(self, greenlet: gevent.Greenlet[..., None]) -> None:
+        """End the runner because of an error that no repetition can mend."""
+        logger.error("the runner cannot go on", exc_info=greenlet.exception)
+        self._error = self._error or greenlet.exception
+        self.shutdown()
 
     def _wait(self, greenlet: gevent.Greenlet[..., None], seconds: float, *, until_urgency: int) -> bool:
         """Wait for a greenlet to end, unless time or patience run out first; whether it has ended."""
@@ -359,10 +385,6 @@ class RunnerHandle:
             awaited: list[Any] = [greenlet, self._hurry]
             gevent.wait(awaited, timeout=left, count=1)
         return bool(greenlet.ready())
-
-    def _wait_for_jobs(self) -> None:
-        for worker in self.workers.values():
-            worker.wait_until_done()
 
     def _interrupt(self, why: str) -> None:
         for worker in self.workers.values():

@@ -51,6 +51,10 @@ _SESSION = {
 _PASSING = (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalError, DatabaseUnavailable)
 
 
+Spawn = Callable[[Callable[[], None]], "gevent.Greenlet[..., None]"]
+"""Begins a loop of the runner's, the error of which, should it ever end with one, ends the runner."""
+
+
 class Service:
     """Runs statements on the runner's connections, again and again until they succeed.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ class Statement:
     def __init__(self, name: str, sql: str, /, **types: str) -> None:
         numbered = {parameter: f"${place}" for place, parameter in enumerate(types, start=1)}
         values = ", ".join(f"%({parameter})s" for parameter in types)
-        self._name = f"greenjobs_{name}"
+        # With a digest, so that no other release's statement is taken for this one where a pooler mixes sessions up.
+        self._name = f"greenjobs_{name}_{hashlib.blake2b(sql.encode(), digest_size=4).hexdigest()}"
         self._plain = sql
         self._prepare = f"PREPARE {self._name}{_in_brackets(', '.join(types.values()))} AS {sql % numbered}"
         self._execute = f"EXECUTE {self._name}{_in_brackets(values)}"

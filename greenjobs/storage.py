@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,10 +25,14 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
     from psycopg2.extensions import cursor as Cursor
 
+logger = logging.getLogger(__name__)
+
 CHANNEL = "greenjobs"
 
 # Errors of the last attempts kept on the row; more would make every later change of the row dearer.
 KEPT_ERRORS = 10
+
+_DEADLOCK_ROUNDS = 5
 
 # A unique key that is contested while rows go back to waiting: each round resolves what the last one ran into.
 _CONTEST_ROUNDS = 10
@@ -248,6 +253,16 @@ def enqueue(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued
 
     A job whose unique key an unstarted job has already is not inserted; the other's id stands in its place.
     """
+    for _ in range(_DEADLOCK_ROUNDS):
+        try:
+            return _enqueue_alone(connection, batches)
+        except errors.DeadlockDetected:
+            # Two that enqueue the same unique jobs, each in another order; one of them was undone, and comes later now.
+            logger.debug("%s: enqueuing met a deadlock, once more", batches[0].job_type)
+    return _enqueue_alone(connection, batches)
+
+
+def _enqueue_alone(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
     if len(batches) == 1:
         return _enqueue(connection, batches[0], in_transaction=False)
     with atomic(connection):
@@ -304,7 +319,9 @@ def _enqueue_unique(
     keys: Sequence[str],
     in_transaction: bool,
 ) -> list[Enqueued]:
-    pending = dict(zip(reversed(keys), reversed(jobs.data), strict=True))  # of equal keys the first one counts
+    pending: dict[str, str] = {}
+    for key, data in zip(keys, jobs.data, strict=True):
+        pending.setdefault(key, data)  # of equal keys the first one counts
     found: dict[str, Enqueued] = {}
     while pending:
         statement.run(cursor, {**parameters, "data": _json_array(pending.values()), "keys": list(pending)})

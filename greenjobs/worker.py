@@ -20,7 +20,7 @@ from greenjobs.storage import ClaimCursor, ClaimedJob
 
 if TYPE_CHECKING:
     from greenjobs.acknowledger import Acknowledger
-    from greenjobs.service import Service
+    from greenjobs.service import Service, Spawn
 
 # After saying that it waits, a worker looks again at once and once more after this: an enqueue that began before it
 # said so, and committed after it had looked, wakes nobody. Such a window is one commit long.
@@ -58,7 +58,9 @@ class Worker:
         service: Service,
         acknowledger: Acknowledger,
         runner_name: str,
+        spawn: Spawn,
     ) -> None:
+        self._spawn = spawn
         self.queue = place.queue
         self.pool = pool
         self.poll_interval = poll_interval
@@ -91,8 +93,8 @@ class Worker:
 
     def start(self) -> None:
         """Begin to claim, as soon as there is a runner id to claim under."""
-        self._claiming = gevent.spawn(self._claim_until_stopped)
-        self._watching = gevent.spawn(self._give_back_stale)
+        self._claiming = self._spawn(self._claim_until_stopped)
+        self._watching = self._spawn(self._give_back_stale)
 
     def claim_as(self, runner: int | None) -> None:
         """Claim under this id from now on; with None, claim nothing, and give back what has not started."""
@@ -108,15 +110,20 @@ class Worker:
         self._woken.set()
 
     def stop_claiming(self) -> None:
-        """Claim no more, and hand over what was claimed and has not started to be given back; blocks until it is so."""
+        """Begin no further claim, and start no further job: what has not started is given back. Returns at once."""
         self._is_stopping = True
+        self._give_back(self._executor.take_back())
         self._woken.set()
         self._room_made.set()
+
+    def wait_claimed(self) -> None:
+        """Block until the claim that was under way, if one was, is answered."""
         if self._claiming is not None:
             self._claiming.join()
-        if self._watching is not None:
-            self._watching.kill()
-        self._give_back(self._executor.take_back())
+
+    def end(self) -> None:
+        """End at once, a claim that is under way included."""
+        gevent.killall([greenlet for greenlet in (self._claiming, self._watching) if greenlet is not None])
 
     def wait_until_done(self) -> None:
         """Block until no job is here any more."""
@@ -230,9 +237,9 @@ class Worker:
                 suspects=suspects,
                 after=after,
             )
-            if self._runner == runner:
+            if self._runner == runner and not self._is_stopping:
                 self._executor.add(rows)
-            else:  # the session was lost meanwhile, and with it the right to start them
+            else:  # it is to stop, or the session was lost meanwhile, and with it the right to start them
                 self._give_back([storage.Fence(row.id, row.attempt) for row in rows])
         finally:
             self._claims_under_way -= 1

@@ -31,7 +31,8 @@ def full_table(database: running.Database) -> running.Database:
     database.rows(
         """
         INSERT INTO background_jobs (job_type, data, queue, priority, state, run_at)
-        SELECT 'mail', '{}'::jsonb, CASE WHEN n % 2 = 0 THEN 'emails' ELSE 'default' END, (n % 10)::smallint, 'available', now()
+        SELECT
+            'mail', '{}'::jsonb, (ARRAY['emails', 'default'])[n % 2 + 1], (n % 10)::smallint, 'available', now()
         FROM generate_series(1, 100000) AS n
         UNION ALL
         SELECT 'mail', '{}'::jsonb, 'emails', 0::smallint, 'scheduled', now() + make_interval(secs => n)
@@ -89,10 +90,11 @@ def test_no_statement_of_a_runner_scans_the_table_or_sorts_it(
                 " SELECT 'mail', '{}', 'emails' FROM generate_series(1, 9)"
             )
         run_everything(connection)
-        assert connection.planned == {f"greenjobs_{name}" for name in CALLS}
+        planned = {name.removeprefix("greenjobs_").rpartition("_")[0]: name for name in connection.planned}
+        assert planned.keys() == CALLS.keys()
         with connection.cursor() as cursor:
             for name, arguments in CALLS.items():
-                cursor.execute(f"EXPLAIN EXECUTE greenjobs_{name}{arguments}")
+                cursor.execute(f"EXPLAIN EXECUTE {planned[name]}{arguments}")
                 plan = "\n".join(row[0] for row in cursor.fetchall())
                 assert "Seq Scan on background_jobs" not in plan, f"{name}:\n{plan}"
                 if name not in ("promote", "route"):  # their few results are grouped
@@ -104,9 +106,10 @@ def test_claim_without_our_settings_is_planned_through_the_index_as_well(full_ta
     """Behind a pooler the planner is on its own."""
     connection = pool.connect(full_table.url, application_name="test", timeout_seconds=10)
     run_everything(connection)
+    planned = {name.removeprefix("greenjobs_").rpartition("_")[0]: name for name in connection.planned}
     with connection.cursor() as cursor:
         for name in ("claim_from_top", "claim_behind"):
-            cursor.execute(f"EXPLAIN EXECUTE greenjobs_{name}{CALLS[name]}")
+            cursor.execute(f"EXPLAIN EXECUTE {planned[name]}{CALLS[name]}")
             plan = "\n".join(row[0] for row in cursor.fetchall())
             assert "background_jobs_available" in plan
             assert "Seq Scan on background_jobs" not in plan
