@@ -14,8 +14,13 @@ BIN = .venv/bin
 stress: venv
 	@$(BIN)/python -m examples.stress_test $(ARGS)
 
+# All of them several files at a time, or those that ARGS chooses.
 test: venv
+ifeq ($(ARGS),)
+	@$(BIN)/python .ci/test
+else
 	@$(BIN)/python -m pytest -q $(ARGS)
+endif
 
 # The tests of faults, with those that take minutes.
 test-faults: venv
