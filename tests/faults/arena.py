@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -124,6 +125,11 @@ class RunnerProcess:
         """Block until it claims jobs."""
         self.process.wait_for_line(_IS_UP)
         return self
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it has begun to claim jobs, and has not ended."""
+        return self.process.is_running and re.search(_IS_UP, self.process.output, re.MULTILINE) is not None
 
     @property
     def pid(self) -> int:

@@ -67,7 +67,9 @@ class Storm:
         while clock() < ends_at:
             next_at = clock() + self._random.uniform(0, 2 * mean_pause)
             eventually(lambda: clock() >= next_at, "time stands still", seconds=PATIENCE_SECONDS)  # noqa: B023
+            self._replace_those_that_found_no_server()
             self._let_happen(self._random.choice(_FAULTS))
+        eventually(self._are_all_up, "not all runners come up again", seconds=PATIENCE_SECONDS)
 
     def check(self, *, seconds: float) -> Balance:
         """Wait until all is done; nothing may be lost, and what ran twice must have an excuse."""
@@ -84,6 +86,17 @@ class Storm:
         cost = fault(self, runner)
         self.faults.append(Fault(fault.__name__, runner.pid, cost, began_at, self.arena.ledger.clock()))
 
+    def _are_all_up(self) -> bool:
+        self._replace_those_that_found_no_server()
+        return all(runner.is_up for runner in self._runners)
+
+    def _replace_those_that_found_no_server(self) -> None:
+        """A runner that is started while the server is down says so and ends; whoever started it tries again."""
+        for runner in list(self._runners):
+            if not runner.process.is_running:
+                assert "cannot connect to" in runner.process.output, runner.process.output
+                self._replace(runner)
+
     def _replace(self, runner: RunnerProcess) -> None:
         self._runners[self._runners.index(runner)] = self.arena.start_runner(*_OPTIONS)
 
@@ -95,8 +108,10 @@ def _kill(storm: Storm, runner: RunnerProcess) -> Cost:
 
 
 def _stop(storm: Storm, runner: RunnerProcess) -> Cost:
-    runner.wait_until_up().terminate()
-    storm._replace(runner)
+    # Before it is up, nothing but the signal's default would answer.
+    if runner.is_up:
+        runner.terminate()
+        storm._replace(runner)
     return Cost.NOBODY
 
 
