@@ -154,7 +154,10 @@ class RunnerProcess:
     def freeze(self) -> set[int]:
         """SIGSTOP; returns the jobs that it holds, when all that it sent has been done."""
         self.process.send(signal.SIGSTOP)
-        busy = "SELECT pid FROM pg_stat_activity WHERE application_name = %s AND state = 'active'"
+        busy = (
+            "SELECT pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = %s AND state = 'active'"
+        )
         eventually(lambda: not self._ledger.jobs(busy, self.name), "its statements do not end")
         return self.held()
 
@@ -164,7 +167,10 @@ class RunnerProcess:
 
     def cut_connections(self) -> int:
         """End its connections from the server's side; returns how many they were."""
-        mine = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s"
+        mine = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = %s"
+        )
         return len(self._ledger.jobs(mine, self.name))
 
 

@@ -191,7 +191,7 @@ def fill_the_disk_and_make_room_again(arena: Arena, server: Server, small_disk: 
     ledger.wait_for_runs(len(waiting) + 100)
     counted = load.stop()
     ledger.settle()
-    assert counted["errors"].keys() == {"DiskFull"}
+    assert counted["errors"].keys() == {"DatabaseUnavailable"}
 
 
 def _fill(fd: int) -> None:
