@@ -91,7 +91,8 @@ def test_sessions_that_end_at_random_cost_no_job(arena: Arena, seconds: float) -
 _SESSIONS = """
 SELECT application_name, pid, EXISTS (SELECT FROM pg_locks WHERE pg_locks.pid = activity.pid AND locktype = 'advisory')
 FROM pg_stat_activity AS activity
-WHERE application_name = ANY(%s)
+WHERE datname = current_database()
+    AND application_name = ANY(%s)
 """
 
 
