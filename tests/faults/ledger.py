@@ -175,23 +175,23 @@ class Ledger:
     def wait_until_done(self, *, seconds: float = PATIENCE_SECONDS) -> None:
         """Block until no job waits, runs or is to be tried again."""
 
-        def unfinished() -> dict[str, int] | None:
+        def count() -> dict[str, int] | None:
             with contextlib.suppress(psycopg2.OperationalError):
-                count = "SELECT state, count(*) FROM background_jobs WHERE state <> 'failed' GROUP BY state"
-                return dict(self.jobs(count)) or None
+                counts = "SELECT state, count(*) FROM background_jobs WHERE state <> 'failed' GROUP BY state"
+                return dict(self.jobs(counts)) or None
             return {"no answer": 1}
 
         last: dict[str, int] | None = {}
 
         def is_done() -> bool:
             nonlocal last
-            last = unfinished()
+            last = count()
             return last is None
 
         try:
             eventually(is_done, "jobs are stuck", seconds=seconds)
         except AssertionError:
-            raise AssertionError(f"jobs are stuck after {seconds:g} s: {last}; {self._stuck()}") from None
+            raise AssertionError(f"jobs are stuck after {seconds:g} s: {last}; {self.unfinished()}") from None
 
     def balance(self) -> Balance:
         """Both sides as they stand."""
@@ -220,7 +220,8 @@ class Ledger:
         assert may_run_often or not again, f"ran again: {again}"
         return balance
 
-    def _stuck(self) -> list[tuple[Any, ...]]:
+    def unfinished(self) -> list[tuple[Any, ...]]:
+        """Some of the jobs that are left, with all that may tell why."""
         return self.jobs(
             "SELECT job.id, job.job_type, job.state, job.attempt, job.retries, job.crashes, job.claimed_by, runner.pid,"
             " runner.ended_at, job.errors FROM background_jobs AS job"

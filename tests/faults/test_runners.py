@@ -166,6 +166,9 @@ def test_only_the_job_that_kills_its_runners_is_given_up(arena: Arena) -> None:
 class Boundaries:
     """Lets one runner after the other die between two statements, and knows which jobs may have run how often."""
 
+    # Nobody is to be given up here, however many runners died.
+    OPTIONS = ("--pool", str(POOL), "--poll-interval", "0.1", "--max-crashes", "1000")
+
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
         self.most_runs: Counter[int] = Counter()
@@ -179,9 +182,7 @@ class Boundaries:
         arena.ledger.retry_now()
         # Jobs that were inserted without a queue, as the crate does, are there to be routed.
         arena.ledger.jobs("UPDATE background_jobs SET queue = NULL WHERE state = 'available' AND id % 3 = 0")
-        # Nobody is to be given up here.
-        environment = {"FAULTS_DIE_AT": f"{statement}:{place}:1", "GREENJOBS_MAX_CRASHES": "1000"}
-        runner = arena.start_runner("--pool", str(POOL), "--poll-interval", "0.1", environment=environment)
+        runner = arena.start_runner(*self.OPTIONS, environment={"FAULTS_DIE_AT": f"{statement}:{place}:1"})
         is_asked = statement in ("give_back", "end_runners")
         if is_asked:
             self._ask_to_stop(runner)
@@ -208,7 +209,7 @@ class Boundaries:
         """Let a healthy runner do the rest, and look at the ledger."""
         arena = self.arena
         arena.open_gate("gate")
-        arena.runner("--pool", str(POOL))
+        arena.runner(*self.OPTIONS)
 
         def nothing_is_left() -> bool:
             arena.ledger.retry_now()
