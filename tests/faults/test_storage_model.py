@@ -68,6 +68,7 @@ class Row:
     crashes: int = 0
     owner: int | None = None
     is_due: bool = True
+    cancel_asked: bool = False
 
 
 @dataclass
@@ -144,6 +145,26 @@ class Storage(RuleBasedStateMachine):
             assert sorted(routed) == sorted({HOMES[row.job_type] for row in homeless})
             for row in homeless:
                 row.queue = HOMES[row.job_type]
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        chosen = self._some(data, [id for id in self.rows if id not in self.locked])
+        removed, asked = storage.cancel(self.connections[2], chosen)
+        assert removed == sorted(id for id in chosen if self.rows[id].state in UNSTARTED)
+        assert asked == sorted(id for id in chosen if self.rows[id].state == "running")
+        for id in removed:
+            del self.rows[id]
+        for id in asked:
+            self.rows[id].cancel_asked = True
+
+    @precondition(lambda self: not any(row.cancel_asked for row in self.locked.values()))
+    @rule()
+    def remove_cancelled(self) -> None:
+        """What was to be cancelled while it ran, and waits again instead."""
+        gone = [row.id for row in self.rows.values() if row.cancel_asked and row.state in UNSTARTED]
+        assert storage.remove_cancelled(self.connections[0]) == len(gone)
+        for id in gone:
+            del self.rows[id]
 
     # --- claim --------------------------------------------------------------------------------------------------------
 
@@ -339,7 +360,7 @@ class Storage(RuleBasedStateMachine):
     def every_row_is_as_the_model_has_it(self) -> None:
         read = self._read(
             "SELECT id, job_type, queue, priority, state, unique_key, attempt, retries, crashes, claimed_by,"
-            " run_at <= now() FROM background_jobs"
+            " run_at <= now(), cancel_asked_at IS NOT NULL FROM background_jobs"
         )
         found = {fields[0]: Row(*fields) for fields in read}
         for row in found.values():
