@@ -208,16 +208,18 @@ class Running:
     def wait_until_done(self, jobs: int, *, watch_connections: bool = False) -> None:
         """Block until that many jobs have run."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        look_at = 0.0 if watch_connections else deadline
-        while (done := self.done()) < jobs:
+        look_at = 0.0
+        while True:
+            if watch_connections and time.monotonic() >= look_at:  # once at least, however soon they are done
+                self.connections = max(self.connections, self._database.server.connections_to(self._database.name))
+                look_at = time.monotonic() + _CONNECTIONS_LOOK_SECONDS
+            if (done := self.done()) >= jobs:
+                return
             for program in self.programs:
                 if program.has_ended():
                     raise program.failure(f"ended after {done} of {jobs} jobs")
             if time.monotonic() > deadline:
                 raise BenchmarkFailed(f"only {done} of {jobs} jobs were run in {_PATIENCE_SECONDS:.0f} s")
-            if time.monotonic() >= look_at:
-                self.connections = max(self.connections, self._database.server.connections_to(self._database.name))
-                look_at = time.monotonic() + _CONNECTIONS_LOOK_SECONDS
             time.sleep(_LOOK_SECONDS)
 
     def stop(self) -> Report:

@@ -234,7 +234,8 @@ def _signature_of(function: Callable[..., object], job_name: str) -> inspect.Sig
 
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         refuse(
-            "is an async function; a job is a plain one: declare it with def; for an event loop, run a child process: gevent has its own"
+            "is an async function; a job is a plain one: declare it with def; "
+            "for an event loop, run a child process: gevent has its own"
         )
     if inspect.isgeneratorfunction(function):
         refuse("is a generator function, and calling one runs nothing: do the work in a function without yield")

@@ -276,7 +276,7 @@ def _libpq_dsn(database_url: str, application_name: str, timeout_seconds: float,
 class bounded:
     """Make what the database says when it does not take a statement in time, or is gone, a DatabaseUnavailable.
 
-    The statements of `shared_pool` are given up by the server after `enqueue_timeout`, and by the network a little later.
+    The statements of `shared_pool` are given up by the server after `enqueue_timeout`, and by the network soon after.
     """
 
     __slots__ = ("_seconds",)

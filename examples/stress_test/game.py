@@ -31,8 +31,8 @@ MONSTERS = ("Cindercub", "Dewdrake", "Fernwhisk", "Gravelimp", "Hushowl", "Joltm
 PLACES = ("the Whispering Wood", "Lantern Lake", "the Salt Flats", "Mount Murmur", "the Old Quarry")
 LEADERS = ("Petra of the Rocks", "Marina of the Tides", "Volta of the Storm", "Ember of the Forge")
 
-# How a job that met with a mishap is tried again. Those that do are done at the second attempt.
-SECOND_CHANCE: Mapping[str, Any] = {"max_retries": 3}
+# How a job that met with a mishap is tried again: a second later, and then it is done.
+SECOND_CHANCE: Mapping[str, Any] = {"max_retries": 3, "backoff": 1.0}
 
 
 class Mishap(Exception):
