@@ -1,0 +1,277 @@
+"""Jobs come in."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+from psycopg2 import errors
+from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller's connection makes by itself
+
+from greenjobs.statement import Statement
+from greenjobs.storage.transaction import atomic
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection
+    from psycopg2.extensions import cursor as Cursor
+
+
+logger = logging.getLogger(__name__)
+
+_DEADLOCK_ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class NewJobs:
+    """Jobs of one type to enqueue together. `data` is a JSON object as text for each.
+
+    `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, or is None for none. `options` is
+    a JSON object as text: what all of them say otherwise than their job.
+    """
+
+    job_type: str
+    data: Sequence[str]
+    queue: str
+    priority: int = 0
+    delay_seconds: float = 0.0
+    run_at: datetime | None = None
+    unique_keys: Sequence[str] | None = None
+    options: str | None = None
+
+
+class Enqueued(NamedTuple):
+    """What became of a new job: the id of its row, or that of the unstarted job that it duplicates."""
+
+    id: int
+    is_duplicate: bool
+
+
+# Jobs that are due are born available. The statement says whether somebody waits for them, and whether they are due
+# sooner than a promoter looks by itself; only then is there a second one, which notifies. NOTIFY takes a lock on the
+# whole database when it commits, so a busy system had better do without.
+_ENQUEUE = """
+INSERT INTO background_jobs (job_type, data, queue, priority, run_at, state, options{key_column})
+SELECT
+    %(job_type)s,
+    given.data,
+    %(queue)s,
+    %(priority)s,
+    coalesce(%(run_at)s, now() + make_interval(secs => %(delay)s)),
+    CASE
+        WHEN coalesce(%(run_at)s, now() + make_interval(secs => %(delay)s)) > now() THEN 'scheduled'
+        ELSE 'available'
+    END,
+    %(options)s
+    {key}
+FROM {given}
+ORDER BY given.place
+{on_conflict}
+RETURNING
+    id,
+    {notify}
+    {key_column}
+"""
+
+_PLAIN = {
+    "key_column": "",
+    "key": "",
+    "given": "jsonb_array_elements(%(data)s) WITH ORDINALITY AS given (data, place)",
+    "on_conflict": "",
+}
+
+_UNIQUE = {
+    "key_column": ", unique_key",
+    "key": ", given.key",
+    "given": "ROWS FROM (jsonb_array_elements(%(data)s), unnest(%(keys)s)) WITH ORDINALITY AS given (data, key, place)",
+    "on_conflict": """ON CONFLICT (unique_key)
+    WHERE unique_key IS NOT NULL AND state IN ('scheduled', 'available')
+    DO NOTHING""",
+}
+
+_SOMEBODY_WAITS = {
+    "notify": """CASE
+        WHEN state = 'available' THEN EXISTS (
+            SELECT
+            FROM background_waiting
+            WHERE background_waiting.queue = %(queue)s
+        )
+        ELSE run_at < now() + interval '2 seconds'
+    END"""
+}
+
+# The caller's transaction may take its time to commit, and who waits now says nothing about then. So it always
+# notifies; PostgreSQL folds equal notifications of one transaction into one.
+_NOTIFY_ALWAYS = {
+    "notify": """CASE
+        WHEN state = 'available' THEN pg_notify('greenjobs', '*:' || %(queue)s) IS NULL
+        WHEN run_at < now() + interval '2 seconds' THEN pg_notify('greenjobs', 'due') IS NULL
+    END"""
+}
+
+_ENQUEUE_TYPES = {
+    "job_type": "text",
+    "data": "jsonb",
+    "queue": "text",
+    "priority": "smallint",
+    "run_at": "timestamptz",
+    "delay": "float8",
+    "options": "jsonb",
+}
+
+
+def _enqueue_statement(name: str, jobs: Mapping[str, str], notify: Mapping[str, str], **types: str) -> Statement:
+    # Parameters are typed in place for connections on which nothing is prepared.
+    typed = {parameter: f"%({parameter})s::{type}" for parameter, type in {**_ENQUEUE_TYPES, **types}.items()}
+    text = _ENQUEUE.format(**jobs, **notify)
+    for parameter, cast in typed.items():
+        text = text.replace(f"%({parameter})s", cast)
+    return Statement(name, text, **_ENQUEUE_TYPES, **types)
+
+
+_ENQUEUE_STATEMENTS = {
+    (False, False): _enqueue_statement("enqueue", _PLAIN, _SOMEBODY_WAITS),
+    (True, False): _enqueue_statement("enqueue_unique", _UNIQUE, _SOMEBODY_WAITS, keys="text[]"),
+    (False, True): _enqueue_statement("enqueue_inside", _PLAIN, _NOTIFY_ALWAYS),
+    (True, True): _enqueue_statement("enqueue_unique_inside", _UNIQUE, _NOTIFY_ALWAYS, keys="text[]"),
+}
+
+# As many waiting workers are woken as there are jobs. The promoters are, when none of the jobs is available yet.
+_NOTIFY = Statement(
+    "notify",
+    """
+WITH woken AS (
+    DELETE FROM background_waiting
+    WHERE (queue, runner) IN (
+        SELECT queue, runner
+        FROM background_waiting
+        WHERE queue = %(queue)s
+        LIMIT %(count)s
+        FOR UPDATE SKIP LOCKED
+    )
+    RETURNING runner
+)
+SELECT pg_notify('greenjobs', runner || ':' || %(queue)s)
+FROM woken
+UNION ALL
+SELECT pg_notify('greenjobs', 'due')
+WHERE %(is_later)s
+""",
+    queue="text",
+    count="int",
+    is_later="bool",
+)
+
+_UNSTARTED = """
+SELECT unique_key, id
+FROM background_jobs
+WHERE unique_key = ANY(%(keys)s)
+    AND state IN ('scheduled', 'available')
+"""
+
+# A promoter looks at least this often. Jobs due within twice that time of being enqueued notify it.
+PROMOTER_SECONDS = 1.0
+
+
+def enqueue(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
+    """Insert the jobs, in order, all or none, on an idle autocommit connection; committed; and wake who waits for them.
+
+    A job whose unique key an unstarted job has already is not inserted; the other's id stands in its place.
+    """
+    for _ in range(_DEADLOCK_ROUNDS):
+        try:
+            return _enqueue_alone(connection, batches)
+        except errors.DeadlockDetected:
+            # Two that enqueue the same unique jobs, each in another order; one of them was undone, and comes later now.
+            logger.debug("%s: enqueuing met a deadlock, once more", batches[0].job_type)
+    return _enqueue_alone(connection, batches)
+
+
+def _enqueue_alone(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
+    if len(batches) == 1:
+        return _enqueue(connection, batches[0], in_transaction=False)
+    with atomic(connection):
+        return enqueue_inside(connection, batches)
+
+
+def enqueue_inside(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
+    """As `enqueue`, in the transaction of the connection, which is the caller's to commit.
+
+    psycopg2 does not tell for certain whether there is one: `with connection:` makes autocommit wait, and looks idle.
+    """
+    return [row for jobs in batches for row in _enqueue(connection, jobs, in_transaction=True)]
+
+
+def _enqueue(connection: Connection, jobs: NewJobs, *, in_transaction: bool) -> list[Enqueued]:
+    statement = _ENQUEUE_STATEMENTS[jobs.unique_keys is not None, in_transaction]
+    parameters = {
+        "job_type": jobs.job_type,
+        "queue": jobs.queue,
+        "priority": jobs.priority,
+        "run_at": jobs.run_at,
+        "delay": jobs.delay_seconds,
+        "options": jobs.options,
+    }
+    cursor = connection.cursor(cursor_factory=TupleCursor)
+    if jobs.unique_keys is not None:
+        return _enqueue_unique(cursor, statement, parameters, jobs, jobs.unique_keys, in_transaction)
+    parameters["data"] = _json_array(jobs.data)
+    statement.run(cursor, parameters)
+    rows = cursor.fetchall()
+    if rows[0][1] and not in_transaction:
+        _notify(cursor, jobs)
+    # The serial numbers were drawn in the order of the jobs, whatever the order in which they come back.
+    return [Enqueued(row[0], False) for row in sorted(rows)]
+
+
+def _enqueue_unique(
+    cursor: Cursor,
+    statement: Statement,
+    parameters: dict[str, Any],
+    jobs: NewJobs,
+    keys: Sequence[str],
+    in_transaction: bool,
+) -> list[Enqueued]:
+    pending: dict[str, str] = {}
+    for key, data in zip(keys, jobs.data, strict=True):
+        pending.setdefault(key, data)  # of equal keys the first one counts
+    found: dict[str, Enqueued] = {}
+    while pending:
+        statement.run(cursor, {**parameters, "data": _json_array(pending.values()), "keys": list(pending)})
+        rows = cursor.fetchall()
+        for id, _, key in rows:
+            found[key] = Enqueued(id, False)
+            del pending[key]
+        if rows and rows[0][1] and not in_transaction:
+            _notify(cursor, jobs)
+        if pending:
+            # The statement's snapshot may be older than the row it ran into, so that only a new look sees it. A job
+            # that started between the two looks has let go of its key: once more, then.
+            cursor.execute(_UNSTARTED, {"keys": list(pending)})
+            for key, id in cursor.fetchall():
+                found[key] = Enqueued(id, True)
+                del pending[key]
+    enqueued = []
+    for key in keys:
+        enqueued.append(found[key])
+        found[key] = Enqueued(found[key].id, True)
+    return enqueued
+
+
+def _notify(cursor: Cursor, jobs: NewJobs) -> None:
+    is_later = jobs.run_at is not None or jobs.delay_seconds > 0
+    _NOTIFY.run(cursor, {"queue": jobs.queue, "count": len(jobs.data), "is_later": is_later})
+
+
+def _json_array(items: Iterable[str]) -> str:
+    return "[" + ",".join(items) + "]"
+
+
+def unique_key(job_type: str, data: str) -> str:
+    """The key under which jobs of the same type and data are one: a digest of both, blind to the order of keys."""
+    canonical = orjson.dumps(orjson.loads(data), option=orjson.OPT_SORT_KEYS)
+    return hashlib.blake2b(job_type.encode() + b"\0" + canonical, digest_size=16).hexdigest()
