@@ -92,9 +92,7 @@ END
 
 # When the server was restarted all sessions ended at once. Their runners live, most likely, and get a few seconds to
 # come back before anybody takes their jobs over.
-_DEAD_RUNNERS = Statement(
-    "dead_runners",
-    f"""
+_DEAD = f"""
 SELECT id
 FROM background_runners
 WHERE NOT {_LIVES}
@@ -102,8 +100,9 @@ WHERE NOT {_LIVES}
         started_at > pg_postmaster_start_time()
         OR pg_postmaster_start_time() < now() - interval '5 seconds'
     )
-""",
-)
+"""
+
+_DEAD_RUNNERS = Statement("dead_runners", _DEAD)
 
 
 def dead_runners(connection: Connection) -> list[int]:
@@ -129,23 +128,65 @@ def held_jobs(connection: Connection, runners: Sequence[int], *, age_seconds: fl
         return [(id, attempt) for id, attempt in cursor.fetchall()]
 
 
-_CANCELLED = Statement(
-    "cancelled",
+class Chores(NamedTuple):
+    """What there is to do beside running jobs. Mostly nothing, and one question tells.
+
+    `dead` are the ids of runners that live no more, unless they are noted as ended and hold nothing; `cancelled` those
+    of jobs held by the asking process whose end was asked for; `has_homeless` says whether jobs have no queue, and
+    `has_unwanted` whether jobs wait that were cancelled while they ran.
     """
-SELECT id
-FROM background_jobs
-WHERE claimed_by = ANY(%(runners)s)
-    AND cancel_asked_at IS NOT NULL
+
+    dead: list[int]
+    cancelled: list[int]
+    has_homeless: bool
+    has_unwanted: bool
+
+
+_CHORES = Statement(
+    "chores",
+    f"""
+SELECT
+    ARRAY(
+        {_DEAD}
+        AND (
+            ended_at IS NULL
+            OR EXISTS (
+                SELECT
+                FROM background_jobs
+                WHERE state = 'running'
+                    AND claimed_by = background_runners.id
+            )
+        )
+    ),
+    ARRAY(
+        SELECT id
+        FROM background_jobs
+        WHERE claimed_by = ANY(%(runners)s)
+            AND cancel_asked_at IS NOT NULL
+    ),
+    EXISTS (
+        SELECT
+        FROM background_jobs
+        WHERE queue IS NULL
+    ),
+    EXISTS (
+        SELECT
+        FROM background_jobs
+        WHERE cancel_asked_at IS NOT NULL
+            AND state IN ('scheduled', 'available')
+    )
 """,
     runners="int[]",
 )
 
 
-def cancelled_jobs(connection: Connection, runners: Sequence[int]) -> list[int]:
-    """The ids of the jobs held by these runners whose end was asked for."""
+def chores(connection: Connection, runners: Sequence[int]) -> Chores:
+    """What there is to do for a process that registered as these runners."""
     with connection.cursor() as cursor:
-        _CANCELLED.run(cursor, {"runners": list(runners)})
-        return [row[0] for row in cursor.fetchall()]
+        _CHORES.run(cursor, {"runners": list(runners)})
+        row = cursor.fetchone()
+        assert row is not None
+        return Chores._make(row)
 
 
 _FAILED_COUNT = """

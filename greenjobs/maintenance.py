@@ -106,8 +106,9 @@ class Maintenance:
     def _promote_for_ever(self) -> None:
         while True:
             self._due_sooner.clear()
-            self.promote_due()
             seconds = self._service.call(inspection.seconds_until_due)
+            if seconds is not None and seconds <= 0:
+                self.promote_due()
             if seconds is None or seconds > storage.PROMOTER_SECONDS:
                 seconds = storage.PROMOTER_SECONDS
             self._due_sooner.wait(max(seconds, 0.001))
@@ -153,9 +154,12 @@ class Maintenance:
 
     def rescue(self) -> None:
         """Take back what dead runners held."""
+        self._rescue_from(self._service.call(inspection.dead_runners))
+
+    def _rescue_from(self, dead: Sequence[int]) -> None:
         # Without its own former ids: what it still holds under them it adopts when it has a session again.
         own_ids = set(self._service.runner_ids)
-        dead = [runner for runner in self._service.call(inspection.dead_runners) if runner not in own_ids]
+        dead = [runner for runner in dead if runner not in own_ids]
         if not dead:
             return
         rescued = self._service.call(storage.rescue, dead, most_crashes=self._fellow.max_crashes)
@@ -173,11 +177,16 @@ class Maintenance:
         if own:
             self.look(own)
 
-    def cancel(self) -> None:
-        """End what somebody cancelled: the notification may have been missed, or the job come back to waiting."""
-        for job_id in self._service.call(inspection.cancelled_jobs, self._service.runner_ids):
+    def _do_chores(self) -> None:
+        chores = self._service.call(inspection.chores, self._service.runner_ids)
+        if chores.has_homeless:
+            self.route()
+        self._rescue_from(chores.dead)
+        # Cancelled here, and the notification was missed; or anywhere, and the job came back to waiting.
+        for job_id in chores.cancelled:
             self._fellow.cancel(job_id)
-        self._service.call(storage.remove_cancelled)
+        if chores.has_unwanted:
+            self._service.call(storage.remove_cancelled)
 
     def audit(self) -> None:
         """Give back what the database says this runner holds, and it does not know of."""
@@ -208,9 +217,7 @@ class Maintenance:
 
     def _care_for_ever(self) -> None:
         while True:
-            self.route()
-            self.rescue()
-            self.cancel()
+            self._do_chores()
             self.prune()
             if time.monotonic() - self._audited_at > _AUDIT_SECONDS:
                 self._audited_at = time.monotonic()

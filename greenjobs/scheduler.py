@@ -105,8 +105,8 @@ class Scheduler:
             if time.monotonic() - declared_at > _DECLARE_SECONDS:
                 declared_at = time.monotonic()
                 self.declare()
-            is_clear = self.enqueue_due()
             seconds = self._service.call(inspection.seconds_until_tick, **self._own)
+            is_clear = seconds is None or seconds > 0 or self.enqueue_due()
             if not is_clear or seconds is None or seconds > _LOOK_SECONDS:
                 seconds = _LOOK_SECONDS
             gevent.sleep(max(seconds, 0.001))

@@ -58,7 +58,7 @@ def run_everything(connection: PlanningConnection) -> None:
     storage.route(connection, {"mail": "emails"})
     inspection.look(connection, queues=["emails"], job_types=JOB_TYPES)
     inspection.seconds_until_due(connection)
-    inspection.cancelled_jobs(connection, [1])
+    inspection.chores(connection, [1])
 
 
 CALLS = {
@@ -70,7 +70,7 @@ CALLS = {
     "route": "('{mail}', '{emails}')",
     "look": "('{emails,default}', '{mail}')",
     "next_due": "",
-    "cancelled": "('{1}')",
+    "chores": "('{1}')",
 }
 
 
