@@ -26,6 +26,7 @@ from greenjobs.shapes.shape import ANY_KIND, ARRAY, Items, Plain, Shape
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _ANY = Plain("Any", ANY_KIND)
+_SCALARS = frozenset({str, int, bool, type(None)})
 
 
 class Codec:
@@ -45,6 +46,7 @@ class Codec:
         "_extra",
         "_extra_shape",
         "_function_name",
+        "_is_plain",
         "_job_name",
         "_names",
         "_positional",
@@ -76,6 +78,7 @@ class Codec:
         self._shapes = self._read_annotations(function, reader)
         self._extra_shape = _ANY if self._extra is None else self._shapes.pop(self._extra)
         self._converting = [(name, shape) for name, shape in self._shapes.items() if not isinstance(shape, Plain)]
+        self._is_plain = all(type(shape) is Plain for shape in (*self._shapes.values(), self._extra_shape))
         only_shape = self._shapes[self.parameters[0]] if len(self.parameters) == len(self._required) == 1 else None
         self.dataclass = reader.dataclass_of(only_shape)
 
@@ -85,15 +88,10 @@ class Codec:
         Raises TypeError, as the call itself would, when the arguments do not fit the signature; PayloadError, with the
         path, when a value cannot be stored, and when the text would be longer than `max_bytes` of UTF-8.
         """
-        data: dict[str, Any] = {}
-        name = ""
-        try:
-            for name, value in self._bind(args, kwargs).items():
-                data[name] = self._shapes.get(name, self._extra_shape).dump(value, 1)
-        except Unfit as unfit:
-            path = name + unfit.path
-            raise PayloadError(f"{self._job_name}: {path} {unfit.reason}", path=path) from unfit.__cause__
-        text = _json_object(data if self.dataclass is None else data[name])
+        bound = self._bind(args, kwargs)
+        text = _json_of_scalars(bound) if self._is_plain else None
+        if text is None:
+            text = self._json_of(bound)
         if len(text) > max_bytes:
             raise PayloadError(
                 f"{self._job_name}: the payload is {len(text)} bytes of JSON, which max_payload_bytes limits to "
@@ -198,6 +196,17 @@ class Codec:
                 raise PayloadError(f"{self._job_name}: the name {name!r} of an argument {unfit.reason}") from None
         return bound
 
+    def _json_of(self, bound: dict[str, Any]) -> bytes:
+        data: dict[str, Any] = {}
+        name = ""
+        try:
+            for name, value in bound.items():
+                data[name] = self._shapes.get(name, self._extra_shape).dump(value, 1)
+        except Unfit as unfit:
+            path = name + unfit.path
+            raise PayloadError(f"{self._job_name}: {path} {unfit.reason}", path=path) from unfit.__cause__
+        return _json_object(data if self.dataclass is None else data[name])
+
     def _load(self, arguments: dict[str, Any]) -> None:
         name = ""
         try:
@@ -251,11 +260,20 @@ def _signature_of(function: Callable[..., object], job_name: str) -> inspect.Sig
     return signature
 
 
+def _json_of_scalars(data: dict[str, Any]) -> bytes | None:
+    """Return the JSON of what most calls pass, or None where something has to be looked at more closely."""
+    if not _SCALARS.issuperset(map(type, data.values())):
+        return None
+    try:
+        text = orjson.dumps(data)
+    except TypeError:  # a lone surrogate, too large an integer: the closer look says which
+        return None
+    return None if b"\\u0000" in text else text
+
+
 def _json_object(data: dict[str, Any]) -> bytes:
     """Return the JSON of an object whose own keys stay in order; those further down are sorted."""
-    return orjson.dumps(
-        {
-            name: orjson.Fragment(canonical_json(value)) if type(value) in (list, dict) else value
-            for name, value in data.items()
-        }
-    )
+    for name, value in data.items():
+        if type(value) in (list, dict):
+            data[name] = orjson.Fragment(canonical_json(value))
+    return orjson.dumps(data)

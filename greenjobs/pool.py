@@ -40,6 +40,9 @@ _KEEPALIVES = {
     "tcp_user_timeout": "20000",
 }
 
+# A connection that was in use so short a time ago is lent again without a look at its socket.
+_FRESH_SECONDS = 0.005
+
 # Settings that an older server does not know are left out.
 _SET = """
 SELECT set_config(name, given.value, false)
@@ -74,17 +77,12 @@ class ConnectionPool:
         self._lock = threading.Lock()
         self._reset()
 
-    @contextlib.contextmanager
-    def connection(self) -> Iterator[Connection]:
-        """Lend a connection; it comes back clean, or is closed when an error left it otherwise.
+    def connection(self) -> Loan:
+        """Lend a connection for a `with` block; it comes back clean, or is closed when an error left it otherwise.
 
         Raises DatabaseUnavailable when none is free, or none can be opened, within `wait_seconds`.
         """
-        connection = self._take()
-        try:
-            yield connection
-        finally:
-            self._give_back(connection)
+        return Loan(self)
 
     def close(self) -> None:
         """Close the idle connections; those that are lent are closed when they come back."""
@@ -100,20 +98,22 @@ class ConnectionPool:
         self._process_id = os.getpid()
         self._generation = 0
         self._open = 0
-        self._idle: list[Connection] = []
+        self._idle: list[PlanningConnection] = []
         self._waiting: deque[threading.Event] = deque()
         self._lent: dict[int, int] = {}
 
-    def _take(self) -> Connection:
+    def take(self) -> PlanningConnection:
+        """Take a connection out of the pool, to be given back by `give_back`; as `connection` does."""
         if self._process_id != os.getpid():
             # psycopg2 never closes a connection in another process than the one that opened it, so these are just
             # forgotten. The lock may have been held by a thread that does not exist here.
             self._lock = threading.Lock()
             self._reset()
-        deadline = time.monotonic() + self.wait_seconds
+        now = time.monotonic()
+        deadline = now + self.wait_seconds
         while True:
             turn: threading.Event | None = None
-            connection: Connection | None = None
+            connection: PlanningConnection | None = None
             with self._lock:
                 generation = self._generation
                 if self._idle:
@@ -126,7 +126,7 @@ class ConnectionPool:
             if turn is not None:
                 self._wait_for(turn, deadline)
                 continue
-            if connection is not None and not _is_usable(connection):
+            if connection is not None and now - connection.used_at > _FRESH_SECONDS and not _is_usable(connection):
                 connection.close()
                 connection = None
             if connection is None:
@@ -134,7 +134,7 @@ class ConnectionPool:
             self._lent[id(connection)] = generation
             return connection
 
-    def _open_one(self, deadline: float) -> Connection:
+    def _open_one(self, deadline: float) -> PlanningConnection:
         try:
             return connect(
                 self.database_url,
@@ -169,11 +169,13 @@ class ConnectionPool:
             f"{self.wait_seconds:g} s (application {self.application_name}); allow more of them, or hold them shorter"
         )
 
-    def _give_back(self, connection: Connection) -> None:
+    def give_back(self, connection: PlanningConnection) -> None:
+        """Put a connection back that was taken, if it is clean; else close it."""
         generation = self._lent.pop(id(connection), None)
         if generation is None:
             return  # borrowed before a fork, given back in the child: the parent's
         if generation == self._generation and _is_clean(connection):
+            connection.used_at = time.monotonic()
             with self._lock:
                 self._idle.append(connection)
                 self._wake_next()
@@ -190,6 +192,22 @@ class ConnectionPool:
     def _wake_next(self) -> None:
         if self._waiting:
             self._waiting.popleft().set()
+
+
+class Loan:
+    """A connection of a pool for one `with` block."""
+
+    __slots__ = ("_connection", "_pool")
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self._pool = pool
+
+    def __enter__(self) -> PlanningConnection:
+        self._connection = self._pool.take()
+        return self._connection
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.give_back(self._connection)
 
 
 def raw_connection(given: Any) -> Connection:
@@ -316,7 +334,7 @@ def _green_deadline(seconds: float) -> Iterator[None]:
 def _is_clean(connection: Connection) -> bool:
     if connection.closed:
         return False
-    return connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+    return connection.get_transaction_status() == extensions.TRANSACTION_STATUS_IDLE
 
 
 def _is_usable(connection: Connection) -> bool:
