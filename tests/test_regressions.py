@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -198,8 +199,11 @@ def test_unique_bulk_keeps_the_order_of_its_items(database: running.Database) ->
     assert ids == sorted(ids)
 
 
-def test_bulks_of_the_same_unique_jobs_in_opposite_order_both_succeed(database: running.Database) -> None:
-    """Each waits for the other's keys: PostgreSQL ends one of them with a deadlock."""
+@pytest.mark.parametrize("statement_size", [1000, 3])
+def test_bulks_of_the_same_unique_jobs_in_opposite_order_both_succeed(
+    database: running.Database, monkeypatch: pytest.MonkeyPatch, statement_size: int
+) -> None:
+    """Inserted in the order of the calls, each would come to wait for the other's keys, in one statement or in two."""
 
     @job(unique=True)
     def train(n: int) -> None: ...
@@ -215,6 +219,7 @@ def test_bulks_of_the_same_unique_jobs_in_opposite_order_both_succeed(database: 
             CREATE TRIGGER {name} {when} INSERT ON background_jobs FOR EACH ROW EXECUTE FUNCTION {name}()
             """
         )
+    monkeypatch.setattr(sys.modules["greenjobs.job"], "BATCH_SIZE", statement_size)
     calls = [(n,) for n in range(10)]
     gevent.joinall([gevent.spawn(train.delay_many, each) for each in (calls, calls[::-1])], raise_error=True)
     assert database.count() == 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -371,7 +370,13 @@ def test_job_given_back_has_counted_nothing(connection: Connection, database: ru
 
 
 def _unique(*keys: str) -> NewJobs:
-    return dataclasses.replace(_new(*["{}"] * len(keys)), unique_keys=keys)
+    return _new(*["{}"] * len(keys))._replace(unique_keys=keys)
+
+
+def test_unique_jobs_are_numbered_in_the_order_of_the_calls(connection: Connection) -> None:
+    enqueued = storage.enqueue(connection, [_unique("c", "a", "b")])
+
+    assert [row.id for row in enqueued] == sorted(row.id for row in enqueued)
 
 
 def test_job_given_back_regains_its_unique_key(connection: Connection) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DEADLOCK_ROUNDS = 5
+_DEADLOCK_SECONDS = 0.2
 
 
 class NewJobs(NamedTuple):
@@ -53,8 +56,9 @@ class Enqueued(NamedTuple):
 # sooner than a promoter looks by itself; only then is there a second one, which notifies. NOTIFY takes a lock on the
 # whole database when it commits, so a busy system had better do without.
 _ENQUEUE = """
-INSERT INTO background_jobs (job_type, data, queue, priority, run_at, state, options{key_column})
+INSERT INTO background_jobs ({id_column}job_type, data, queue, priority, run_at, state, options{key_column})
 SELECT
+    {id}
     %(job_type)s,
     given.data,
     %(queue)s,
@@ -67,7 +71,7 @@ SELECT
     %(options)s
     {key}
 FROM {given}
-ORDER BY given.place
+ORDER BY {order}
 {on_conflict}
 RETURNING
     id,
@@ -76,16 +80,31 @@ RETURNING
 """
 
 _PLAIN = {
+    "id_column": "",
+    "id": "",
     "key_column": "",
     "key": "",
     "given": "jsonb_array_elements(%(data)s) WITH ORDINALITY AS given (data, place)",
+    "order": "given.place",
     "on_conflict": "",
 }
 
+# Numbered in the order of the jobs, inserted in that of their keys: two statements that meet in several keys then wait
+# for one another instead of ending in a deadlock.
 _UNIQUE = {
+    "id_column": "id, ",
+    "id": "given.id,",
     "key_column": ", unique_key",
     "key": ", given.key",
-    "given": "ROWS FROM (jsonb_array_elements(%(data)s), unnest(%(keys)s)) WITH ORDINALITY AS given (data, key, place)",
+    "given": """(
+    SELECT
+        nextval((SELECT pg_get_serial_sequence('background_jobs', 'id')::regclass)) AS id,
+        listed.data,
+        listed.key
+    FROM ROWS FROM (jsonb_array_elements(%(data)s), unnest(%(keys)s)) WITH ORDINALITY AS listed (data, key, place)
+    ORDER BY listed.place
+) AS given""",
+    "order": "given.key",
     "on_conflict": """ON CONFLICT (unique_key)
     WHERE unique_key IS NOT NULL AND state IN ('scheduled', 'available')
     DO NOTHING""",
@@ -201,12 +220,14 @@ def enqueue(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued
 
     A job whose unique key an unstarted job has already is not inserted; the other's id stands in its place.
     """
-    for _ in range(_DEADLOCK_ROUNDS):
+    for round in range(_DEADLOCK_ROUNDS):
         try:
             return _enqueue_alone(connection, batches)
         except errors.DeadlockDetected:
-            # Two that enqueue the same unique jobs, each in another order; one of them was undone, and comes later now.
+            # Two that enqueue the same unique jobs in several statements each, in another order. This one was undone,
+            # and comes back when the other is through.
             logger.debug("%s: enqueuing met a deadlock, once more", batches[0].job_type)
+            time.sleep(random.uniform(0, _DEADLOCK_SECONDS * 2**round))
     return _enqueue_alone(connection, batches)
 
 
