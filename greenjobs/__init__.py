@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from greenjobs.config import configure
 from greenjobs.control import Discard, Retry, Snooze
+from greenjobs.current import current_job
 from greenjobs.errors import GreenjobsError
-from greenjobs.job import JobHandle, current_job, job
+from greenjobs.handle import JobHandle
+from greenjobs.job import job
 from greenjobs.version import __version__
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import gevent
 
 from greenjobs import events
+from greenjobs.current import Attempt, Place, enter_attempt
 from greenjobs.errors import JobCancelled, JobControl, JobHardTimeout, JobTimeout
-from greenjobs.job import Attempt, Job, Place, enter_attempt
+from greenjobs.job import Job
 from greenjobs.policy import Verdict, judge
 from greenjobs.storage import ClaimedJob, Failure, Fence, Snoozed, claim_order
 

@@ -1,7 +1,6 @@
-"""`@job`, what it makes of a function, how a call is enqueued, and what a running job knows about itself.
+"""`@job`, what it makes of a function, and how a call is enqueued.
 
-Nothing here needs gevent: a job is declared and enqueued in any server, thread or script. The one thing that workers
-add is the attempt that `current_job` shows, a context variable.
+Nothing here needs gevent: a job is declared and enqueued in any server, thread or script.
 """
 
 from __future__ import annotations
@@ -10,29 +9,28 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from greenjobs import config, policy
 from greenjobs.cron import Timetable
+from greenjobs.current import database_rooms, lender
 from greenjobs.errors import (
     ConfigError,
     JobDefinitionError,
-    NoCurrentJob,
     OptionError,
     PayloadError,
     SchemaError,
     UnknownJob,
 )
 from greenjobs.events import Handler
+from greenjobs.handle import JobHandle
 from greenjobs.payload import Codec
 from greenjobs.retry import Backoff
 
 if TYPE_CHECKING:
-    from greenjobs.pool import ConnectionPool
-    from greenjobs.storage import ClaimedJob, NewJobs
+    from greenjobs.storage import NewJobs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,23 +47,6 @@ _UNDEFINED_TABLE = "42P01"  # PostgreSQL's error code
 _MOST_BYTES_OF_NO_ARGUMENTS = 2  # {}
 
 _JOB_NAME = re.compile(r"[\w.:/-]{1,200}")
-
-
-@dataclass(slots=True, unsafe_hash=True)  # frozen would make it three times as dear
-class JobHandle:
-    """A job that was enqueued. With `duplicate`, `id` is the unstarted job that was there already."""
-
-    id: int
-    job_type: str
-    duplicate: bool = False
-
-    def cancel(self) -> Literal["removed", "asked", "gone"]:
-        """End the job. One that waits is removed; one that runs is asked to end, and JobCancelled raised in it within a
-        second, in whichever process it runs; one that is done or failed is gone."""
-        _, storage = _database_rooms()
-        with lender(config.current()).connection() as connection:
-            removed, asked = storage.cancel(connection, [self.id])
-        return "removed" if removed else "asked" if asked else "gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +243,7 @@ class Call(Generic[P]):
         return self._enqueue(config.current(), [data])[0]
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
-        pool, storage = _database_rooms()
+        pool, storage = database_rooms()
         try:
             if self._options.connection is not None:
                 connection = pool.raw_connection(self._options.connection)
@@ -298,24 +279,6 @@ class Call(Generic[P]):
             options=json.dumps(dict(options.overrides)) if options.overrides else None,
         )
         return new
-
-
-@functools.cache
-def _database_rooms() -> tuple[Any, Any]:
-    """The modules that need psycopg2, which is loaded with the first job that is enqueued, not with the application."""
-    from greenjobs import pool, storage
-
-    return pool, storage
-
-
-def lender(settings: config.Settings) -> ConnectionPool:
-    """The connections to enqueue on: those of the runner inside a job, else those of the process."""
-    attempt = _attempt.get(None)
-    if attempt is not None:
-        return attempt.place.pool
-    pool, _ = _database_rooms()
-    shared: ConnectionPool = pool.shared_pool(settings)
-    return shared
 
 
 @overload
@@ -405,155 +368,6 @@ def _register(new: Job[P, R]) -> Job[P, R]:
 def _origin(job: Job[Any, Any]) -> tuple[str, str]:
     code = getattr(job.function, "__code__", None)
     return (code.co_filename if code else repr(job.function), job.function.__qualname__)
-
-
-# --- the job that runs ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class JobRow:
-    """The row of a running job, as it was claimed. `data` is the JSON object as Python has it."""
-
-    id: int
-    job_type: str
-    data: Any
-    queue: str
-    priority: int
-    retries: int
-    crashes: int
-    created_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on."""
-
-    queue: str
-    context: Any
-    pool: ConnectionPool
-
-
-class Attempt:
-    """One attempt of one job, while it runs. Made by the worker; shown by `current_job`."""
-
-    __slots__ = ("greenlet", "interrupted_by", "job", "place", "row", "started")
-
-    def __init__(self, job: Job[Any, Any], row: ClaimedJob, place: Place, greenlet: Any) -> None:
-        self.job = job
-        self.row = row
-        self.place = place
-        self.greenlet = greenlet
-        self.started = 0.0
-        self.interrupted_by: BaseException | None = None
-
-    @property
-    def max_retries(self) -> int:
-        """How often the job may fail and be tried again; the call that enqueued it may have said otherwise than it."""
-        if self.row.options is None:
-            return self.job.max_retries
-        return int(json.loads(self.row.options).get("max_retries", self.job.max_retries))
-
-    def timeouts(self) -> tuple[float | None, float | None] | None:
-        """The soft and the hard timeout in seconds; None when there is neither."""
-        policy = self.job.policy
-        soft, hard = policy.timeout, policy.hard_timeout
-        if self.row.options is not None:
-            overrides = json.loads(self.row.options)
-            soft, hard = overrides.get("timeout", soft), overrides.get("hard_timeout", hard)
-        return None if soft is None and hard is None else (soft, hard)
-
-    @property
-    def number(self) -> int:
-        """1 for the first time the job runs, and one more for every failure and every death of its runner since."""
-        return self.row.retries + self.row.crashes + 1
-
-
-_attempt: ContextVar[Attempt] = ContextVar("greenjobs_attempt")
-
-#: For the worker, which calls it first thing in the greenlet and the context of the job.
-enter_attempt = _attempt.set
-
-
-class CurrentJob:
-    """What a job can ask about itself. Every attribute raises NoCurrentJob outside a job; bool(current_job) tells."""
-
-    __slots__ = ()
-
-    def __bool__(self) -> bool:
-        return _attempt.get(None) is not None
-
-    def __repr__(self) -> str:
-        attempt = _attempt.get(None)
-        return "<no current job>" if attempt is None else f"<current job {attempt.row.id} ({attempt.job.name})>"
-
-    @property
-    def id(self) -> int:
-        """The id of the row."""
-        return _running().row.id
-
-    @property
-    def name(self) -> str:
-        """The name of the job type."""
-        return _running().job.name
-
-    @property
-    def queue(self) -> str:
-        """The queue it was claimed from."""
-        return _running().place.queue
-
-    @property
-    def attempt(self) -> int:
-        """1 for the first time it runs, and one more for every failure and every death of its runner since."""
-        return _running().number
-
-    @property
-    def retries(self) -> int:
-        """How often it has failed so far."""
-        return _running().row.retries
-
-    @property
-    def max_retries(self) -> int:
-        """How often it may fail and be tried again."""
-        return _running().max_retries
-
-    @property
-    def is_last_attempt(self) -> bool:
-        """Whether a failure now is final."""
-        attempt = _running()
-        return attempt.row.retries >= attempt.max_retries
-
-    @property
-    def context(self) -> Any:
-        """What the runner was given as `context`."""
-        return _running().place.context
-
-    @property
-    def row(self) -> JobRow:
-        """The row of this job as it was claimed."""
-        import orjson
-
-        attempt = _running()
-        row = attempt.row
-        return JobRow(
-            id=row.id,
-            job_type=row.job_type,
-            data=orjson.loads(row.data),
-            queue=attempt.place.queue,
-            priority=row.priority,
-            retries=row.retries,
-            crashes=row.crashes,
-            created_at=datetime.fromtimestamp(row.created_at, timezone.utc),
-        )
-
-
-current_job = CurrentJob()
-
-
-def _running() -> Attempt:
-    attempt = _attempt.get(None)
-    if attempt is None:
-        raise NoCurrentJob("current_job is only there while a job runs; bool(current_job) tells whether one does")
-    return attempt
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

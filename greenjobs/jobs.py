@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from psycopg2 import errors
 
 from greenjobs import config, inspection, storage
+from greenjobs.current import lender
 from greenjobs.errors import OptionError, SchemaError
 from greenjobs.inspection import JobFilter, StoredJob
-from greenjobs.job import lender
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection

@@ -22,8 +22,9 @@ from gevent.lock import BoundedSemaphore
 
 from greenjobs import config, green, inspection, migrate, pool, storage
 from greenjobs.acknowledger import Acknowledger
+from greenjobs.current import Place
 from greenjobs.errors import ConfigError, DatabaseUnavailable, JobInterrupted, JobsFailed, NotPatched
-from greenjobs.job import Job, Place, check_queue_name
+from greenjobs.job import Job, check_queue_name
 from greenjobs.lease import LEASE_SECONDS, Lease
 from greenjobs.listener import Listener
 from greenjobs.maintenance import Maintenance

@@ -19,9 +19,10 @@ from psycopg2 import errors
 
 from greenjobs import config, inspection, storage
 from greenjobs.cron import Timetable
+from greenjobs.current import lender
 from greenjobs.errors import ConfigError, OptionError, PayloadError, SchemaError, UnknownJob, UnknownSchedule
 from greenjobs.inspection import Schedule
-from greenjobs.job import Job, find_job, lender
+from greenjobs.job import Job, find_job
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection

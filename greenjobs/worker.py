@@ -14,8 +14,9 @@ import gevent
 from gevent.event import Event
 
 from greenjobs import storage
+from greenjobs.current import Attempt, Place
 from greenjobs.execution import Executor
-from greenjobs.job import Attempt, Job, Place
+from greenjobs.job import Job
 from greenjobs.storage import ClaimCursor, ClaimedJob
 
 if TYPE_CHECKING:

@@ -41,6 +41,12 @@ ALTER TABLE background_jobs
     ADD COLUMN errors JSONB,                         -- an array, newest last
     ADD COLUMN options JSONB,                        -- what one call says otherwise than its job
     ADD COLUMN cancel_asked_at TIMESTAMPTZ,
+    ADD COLUMN expires_at TIMESTAMPTZ,               -- what has not started by then is discarded
+    ADD COLUMN exclusive_key TEXT,                   -- of all jobs with the same one, one runs at a time
+    ADD COLUMN unique_until_finished BOOLEAN NOT NULL DEFAULT false,  -- else the unique key is free once it starts
+    ADD COLUMN is_watched BOOLEAN NOT NULL DEFAULT false,             -- who ends it notifies
+    ADD COLUMN progress JSONB,                       -- {"done": 3, "total": 10, "message": "…", "at": "…"}
+    ADD COLUMN log JSONB,                            -- what it said of itself: an array, newest last
     ADD CONSTRAINT background_jobs_priority CHECK (priority > -32768),
     ADD CONSTRAINT background_jobs_state CHECK (state IN ('scheduled', 'available', 'running', 'failed')),
     ADD CONSTRAINT background_jobs_owner CHECK ((state = 'running') = (claimed_by IS NOT NULL));

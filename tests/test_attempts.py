@@ -16,9 +16,9 @@ from waiting import eventually
 
 from greenjobs import events, job
 from greenjobs.control import Discard, Retry, Snooze
+from greenjobs.current import current_job
 from greenjobs.errors import JobCancelled, JobDefinitionError, JobHardTimeout, JobTimeout, OptionError
 from greenjobs.events import AttemptEnded
-from greenjobs.job import current_job
 from greenjobs.retry import backoff, exponential, fixed, linear, seconds_after
 from greenjobs.runner import Runner
 

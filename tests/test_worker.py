@@ -28,7 +28,7 @@ from waiting import eventually
 
 import greenjobs
 from greenjobs import current_job, job
-from greenjobs.job import JobRow
+from greenjobs.current import JobRow
 from greenjobs.runner import Runner
 
 PATIENCE_SECONDS = running.PATIENCE_SECONDS
