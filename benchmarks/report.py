@@ -111,16 +111,18 @@ def _targets_table(results: Results) -> str:
     table = _table(
         ("case", "to reach", "measured", ""),
         [
-            (
-                results.titles[each.target.case],
-                each.target.wanted(),
-                each.measured,
-                "reached" if each.is_reached else "**not reached**",
-            )
+            (results.titles[each.target.case], each.target.wanted(), each.measured, _verdict(each))
             for each in results.judgements()
         ],
     )
     return table if results.scale == 1.0 else note + table
+
+
+def _verdict(judgement: Judgement) -> str:
+    if judgement.is_reached:
+        return "reached"
+    obstacle = judgement.target.obstacle
+    return f"**not reached**: {obstacle}" if obstacle else "**not reached**"
 
 
 def _subject(results: Results, case: str) -> str:

@@ -11,13 +11,17 @@ from benchmarks.case import METRICS, Figure, shown
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound for a figure of greenjobs, or, with `of`, for its ratio to the figure of that other side."""
+    """A bound for a figure of greenjobs, or, with `of`, for its ratio to the figure of that other side.
+
+    `obstacle` is what holds the figure back where it is not reached.
+    """
 
     case: str
     metric: str
     bound: float
     is_at_least: bool
     of: str = ""
+    obstacle: str = ""
 
     def wanted(self) -> str:
         """The bound for people, such as `≥ 0.75 × raw INSERT`."""
@@ -49,29 +53,36 @@ class Judgement:
     is_reached: bool
 
 
-def _at_least(case: str, metric: str, bound: float, *, of: str = "") -> Target:
-    return Target(case, metric, bound, True, of)
+def _at_least(case: str, metric: str, bound: float, *, of: str = "", obstacle: str = "") -> Target:
+    return Target(case, metric, bound, True, of, obstacle)
 
 
-def _at_most(case: str, metric: str, bound: float) -> Target:
-    return Target(case, metric, bound, False)
+def _at_most(case: str, metric: str, bound: float, *, obstacle: str = "") -> Target:
+    return Target(case, metric, bound, False, obstacle=obstacle)
+
+
+# What holds figures back that are not reached.
+_TWO_CORES = "one runner and its PostgreSQL fill two cores nearly alone; what a job costs both is all there is to save"
+_BULK = "the limit has its JSON encoded beforehand; binding, encoding and a handle for each job is what is left"
+_WAKING = "idle virtual processors take their time to wake up, twice a job; see the bare loop, which waits alike"
+_SPAWNING = "claims of 200 and as many greenlets start within the first milliseconds of each tenth of a second"
 
 
 TARGETS: Sequence[Target] = (
     _at_least("drain", "rate", 45_000),
     _at_least("drain", "rate", 0.75, of="bare gevent loop"),
-    _at_least("drain_two_processes", "rate", 1.5, of="greenjobs, one process"),
+    _at_least("drain_two_processes", "rate", 1.5, of="greenjobs, one process", obstacle=_TWO_CORES),
     _at_most("drain", "cpu_us", 22),
     _at_least("enqueue_one", "rate", 0.9, of="raw INSERT"),
     _at_least("enqueue_concurrent", "rate", 0.75, of="raw INSERT"),
-    _at_least("enqueue_bulk", "rate", 0.75, of="raw INSERT"),
+    _at_least("enqueue_bulk", "rate", 0.75, of="raw INSERT", obstacle=_BULK),
     _at_least("drain_under_scheduled", "rate", 0.95, of="greenjobs, nothing scheduled"),
     _at_least("drain_before_scheduled", "rate", 0.95, of="greenjobs, nothing scheduled"),
     _at_least("drain_under_snapshot", "last_to_first_tenth", 0.9),
     _at_least("drain_of_many", "rate", 0.9, of="greenjobs, nothing else waiting"),
-    _at_most("latency", "p50_ms", 1.8),
-    _at_most("latency", "p99_ms", 4),
-    _at_most("fan_out", "of_ideal", 1.06),
+    _at_most("latency", "p50_ms", 1.8, obstacle=_WAKING),
+    _at_most("latency", "p99_ms", 4, obstacle=_WAKING),
+    _at_most("fan_out", "of_ideal", 1.06, obstacle=_SPAWNING),
     _at_most("db_jobs", "of_ideal", 1.10),
     _at_most("fan_out_5000", "rss_mb", 250),
     _at_most("fan_out_5000", "connections", 6),
