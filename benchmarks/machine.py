@@ -15,7 +15,7 @@ from benchmarks.server import Server
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _PACKAGES = ("gevent", "psycopg2-binary", "orjson")
-_SECRET_OPTION = "--database-url"
+_PRIVATE_OPTIONS = ("--database-url", "--peer-python", "--output")
 
 
 def facts(server: Server, arguments: Sequence[str]) -> Mapping[str, str]:
@@ -34,10 +34,10 @@ def facts(server: Server, arguments: Sequence[str]) -> Mapping[str, str]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """The command line, without the address of a server, which may hold a password."""
-    shown = [f"{_SECRET_OPTION}=…" if argument.startswith(f"{_SECRET_OPTION}=") else argument for argument in arguments]
+    """The command line, without what is of this machine alone: the server's address, with its password, and folders."""
+    shown = [re.sub(rf"^({'|'.join(_PRIVATE_OPTIONS)})=.*", r"\1=…", argument) for argument in arguments]
     for place, argument in enumerate(shown[:-1]):
-        if argument == _SECRET_OPTION:
+        if argument in _PRIVATE_OPTIONS:
             shown[place + 1] = "…"
     quoted = [argument if "…" in argument else shlex.quote(argument) for argument in shown]
     return " ".join(["python -m benchmarks", *quoted])
