@@ -56,7 +56,9 @@ def test_each_case_measures_all_its_sides(case: str, server_url: str, tmp_path: 
     _, *measured = records(tmp_path)
     sides = [side.name for side in CASES[case].sides(Sizes(0.001))]
     assert list(dict.fromkeys(each["side"] for each in measured)) == sides
-    assert all(each["value"] > 0 for each in measured if each["metric"] != "queries_per_second"), measured
+    # A runner may ask nothing within a moment, and two jobs may find all the memory they take in the process already.
+    nothing = [(each["side"], each["metric"]) for each in measured if each["value"] <= 0]
+    assert {metric for _, metric in nothing} <= {"queries_per_second", "kb_per_greenlet"}, nothing
     assert CASES[case].title in tmp_path.joinpath(report.PAGE).read_text(encoding="utf-8")
 
 

@@ -166,7 +166,7 @@ def test_slow_jobs_are_not_claimed_ahead(database: running.Database) -> None:
     def slow() -> None:
         held.append(len(handle.workers["default"].held_rows()))
         started.release()
-        threading.Event().wait(0.06)
+        threading.Event().wait(0.25)
 
     slow.delay_many([()] * 30)
     with running.started(Runner().register(slow).configure_queue("default", pool=3)) as handle:
