@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # said so, and committed after it had looked, wakes nobody. Such a window is one commit long.
 _SECOND_LOOK_SECONDS = 0.05
 
-# How much work is claimed ahead, and from which mean duration on none is: there the time between two claims, which is 5
-# to 10 ms, is small beside a job's own, and a job claimed ahead would wait here while another runner may be free for it.
+# How much work is claimed ahead, and from which mean duration on none is: there the 5 to 10 ms between two claims are
+# little beside a job's own time, and a job claimed ahead would wait here while another runner may be free for it.
 _READ_AHEAD_SECONDS = 0.05
 _SLOW_JOB_SECONDS = 0.2
 
