@@ -31,6 +31,7 @@ from greenjobs.storage.schedules import (
     take_ticks,
 )
 from greenjobs.storage.transaction import CHANNEL, atomic
+from greenjobs.storage.windows import prune_windows
 
 __all__ = [
     "CHANNEL",
@@ -65,6 +66,7 @@ __all__ = [
     "pause_schedule",
     "promote",
     "prune",
+    "prune_windows",
     "register_runner",
     "remove_cancelled",
     "renew_lease",
