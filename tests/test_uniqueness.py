@@ -87,7 +87,9 @@ def test_star_arguments_can_be_named() -> None:
 
 def test_fields_of_the_one_dataclass_can_be_named_as_well_as_the_whole() -> None:
     by_number = job(name="a", unique=("number",))(send)
-    assert identity(by_number, Invoice(1)) == identity(by_number, Invoice(1, "again")) != identity(by_number, Invoice(2))
+    assert (
+        identity(by_number, Invoice(1)) == identity(by_number, Invoice(1, "again")) != identity(by_number, Invoice(2))
+    )
     by_all = job(name="b", unique=("invoice",))(send)
     assert identity(by_all, Invoice(1)) != identity(by_all, Invoice(1, "again"))
 
