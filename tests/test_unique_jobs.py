@@ -170,11 +170,15 @@ def test_fifty_that_enqueue_and_runners_that_claim_and_finish_meanwhile_lose_not
         assert sorted([*seen, *kept]) == list(range(_ENQUEUERS))
 
 
+@pytest.mark.parametrize("batch_size", [1000, 7])
 @pytest.mark.parametrize("on_conflict", _ON_CONFLICT)
 @pytest.mark.parametrize("until", _UNTIL)
 def test_bulks_of_the_same_keys_in_any_order_do_not_deadlock(
-    database: running.Database, until: Any, on_conflict: str
+    database: running.Database, monkeypatch: pytest.MonkeyPatch, until: Any, on_conflict: str, batch_size: int
 ) -> None:
+    """In one statement each, or in several."""
+    monkeypatch.setattr(sys.modules["greenjobs.job"], "BATCH_SIZE", batch_size)
+    monkeypatch.setattr(sys.modules["greenjobs.storage.enqueuing"], "_DEADLOCK_ROUNDS", 0)
     notify = declare(until, on_conflict)
     customers = list(range(20))
     orders = [random.Random(seed).sample(customers, len(customers)) for seed in range(10)]

@@ -122,11 +122,24 @@ _PLAIN = {
 
 _NUMBERED = """
     SELECT
-        nextval((SELECT pg_get_serial_sequence('background_jobs', 'id')::regclass)) AS id,
+        coalesce(
+            listed.id,
+            nextval((SELECT pg_get_serial_sequence('background_jobs', 'id')::regclass))
+        ) AS id,
         listed.data,
         listed.key
-    FROM ROWS FROM (jsonb_array_elements(%(data)s), unnest(%(keys)s)) WITH ORDINALITY AS listed (data, key, place)
+    FROM ROWS FROM (
+        jsonb_array_elements(%(data)s),
+        unnest(%(keys)s),
+        unnest(%(ids)s)
+    ) WITH ORDINALITY AS listed (data, key, id, place)
     ORDER BY listed.place
+"""
+
+# For unique jobs that take several statements, each of which has jobs from everywhere among them.
+_DRAW_NUMBERS = """
+SELECT nextval((SELECT pg_get_serial_sequence('background_jobs', 'id')::regclass))
+FROM generate_series(1, %(count)s)
 """
 
 # Numbered in the order of the jobs, inserted in that of their keys: two statements that meet in several keys then wait
@@ -224,6 +237,7 @@ _ENQUEUE_STATEMENTS = {
             jobs,
             _NOTIFY_ALWAYS if is_inside else _SOMEBODY_WAITS,
             keys="text[]",
+            ids="bigint[]",
             **types,
         )
         for kind, jobs, types in (
@@ -322,6 +336,13 @@ def enqueue_inside(connection: Connection, batches: Sequence[NewJobs]) -> list[E
     if connection.autocommit and batches[0].takes_transaction and not _is_in_transaction(connection):
         with atomic(connection):
             return enqueue_inside(connection, batches)
+    if len(batches) > 1 and batches[0].unique_keys is not None:
+        # In the order of their keys over all batches.
+        everything = batches[0]._replace(
+            data=[data for jobs in batches for data in jobs.data],
+            unique_keys=[key for jobs in batches for key in jobs.unique_keys or [None] * len(jobs.data)],
+        )
+        return _enqueue(connection, everything, in_transaction=True, at_once=len(batches[0].data))
     return [row for jobs in batches for row in _enqueue(connection, jobs, in_transaction=True)]
 
 
@@ -331,7 +352,9 @@ def _is_in_transaction(connection: Connection) -> bool:
     return connection.get_transaction_status() != TRANSACTION_STATUS_IDLE
 
 
-def _enqueue(connection: Connection, jobs: NewJobs, *, in_transaction: bool) -> list[Enqueued]:
+def _enqueue(
+    connection: Connection, jobs: NewJobs, *, in_transaction: bool, at_once: int | None = None
+) -> list[Enqueued]:
     parameters: dict[str, Any] = {
         "job_type": jobs.job_type,
         "queue": jobs.queue,
@@ -347,7 +370,9 @@ def _enqueue(connection: Connection, jobs: NewJobs, *, in_transaction: bool) -> 
         parameters["run_at"], parameters["delay"] = jobs.run_at, jobs.delay_seconds
         if jobs.unique_keys is not None:
             parameters["until_finished"], parameters["window"] = jobs.until_finished, jobs.window_seconds
-            return _enqueue_unique(cursor, parameters, jobs, jobs.unique_keys, in_transaction)
+            return _enqueue_unique(
+                cursor, parameters, jobs, jobs.unique_keys, in_transaction, at_once or len(jobs.data)
+            )
         parameters["data"] = _json_array(jobs.data)
         _ENQUEUE_STATEMENTS["plain", in_transaction].run(cursor, parameters)
     rows = cursor.fetchall()
@@ -363,6 +388,7 @@ def _enqueue_unique(
     jobs: NewJobs,
     keys: Sequence[str | None],
     in_transaction: bool,
+    at_once: int,
 ) -> list[Enqueued]:
     # A job without a key stands for itself, under its place.
     places = [place if key is None else key for place, key in enumerate(keys)]
@@ -371,9 +397,10 @@ def _enqueue_unique(
         pending.setdefault(place, []).append(data)
     found: dict[int | str, Enqueued] = {}
     while pending:
-        for place, id in _insert_unique(cursor, parameters, jobs, pending, in_transaction).items():
-            found[place] = Enqueued(id)
-            del pending[place]
+        for some in _in_order_of_keys(cursor, pending, at_once):
+            for place, id in _insert_unique(cursor, parameters, jobs, some, in_transaction).items():
+                found[place] = Enqueued(id)
+                del pending[place]
         if pending:
             # The statement's snapshot may be older than the row it ran into, so that only a new look sees it. A job
             # that let go of its key between the two looks, or between the look and the change, is not among what was
@@ -393,18 +420,36 @@ def _enqueue_unique(
 _ACTIONS = {"keep": "kept", "replace": "replaced", "extend": "extended", "merge": "merged"}
 
 
+class _Portion(NamedTuple):
+    """What is inserted in one statement: data by key, or by place where there is none; numbers, if they are drawn."""
+
+    items: Mapping[int | str, Sequence[str]]
+    ids: Sequence[int] | None
+
+
+def _in_order_of_keys(cursor: Cursor, pending: Mapping[int | str, list[str]], at_once: int) -> list[_Portion]:
+    """In portions, those without a key last; numbered in the order that they have."""
+    if len(pending) <= at_once:
+        return [_Portion(dict(pending), None)]
+    cursor.execute(_DRAW_NUMBERS, {"count": len(pending)})
+    number = dict(zip(pending, sorted(row[0] for row in cursor.fetchall()), strict=True))
+    places: list[int | str] = sorted(place for place in pending if isinstance(place, str))
+    places += [place for place in pending if isinstance(place, int)]
+    portions = [places[start : start + at_once] for start in range(0, len(places), at_once)]
+    return [_Portion({place: pending[place] for place in some}, [number[place] for place in some]) for some in portions]
+
+
 def _insert_unique(
-    cursor: Cursor,
-    parameters: Mapping[str, Any],
-    jobs: NewJobs,
-    pending: Mapping[int | str, Sequence[str]],
-    in_transaction: bool,
+    cursor: Cursor, parameters: Mapping[str, Any], jobs: NewJobs, portion: _Portion, in_transaction: bool
 ) -> dict[int | str, int]:
     """Insert those whose keys are free; returns their ids."""
+    pending = portion.items
     kind = "unique" if jobs.window_seconds is None else "windowed"
     data = _json_array(_folded(jobs, items) for items in pending.values())
     keys = [place if isinstance(place, str) else None for place in pending]
-    _ENQUEUE_STATEMENTS[kind, in_transaction].run(cursor, {**parameters, "data": data, "keys": keys})
+    _ENQUEUE_STATEMENTS[kind, in_transaction].run(
+        cursor, {**parameters, "data": data, "keys": keys, "ids": portion.ids}
+    )
     rows = sorted(cursor.fetchall())
     if rows and rows[0][1] and not in_transaction:
         _notify(cursor, jobs)
