@@ -303,10 +303,12 @@ def _with_keys(storage: Any, new: NewJobs, rule: Uniqueness) -> NewJobs:
         return new
     return new._replace(
         unique_keys=[None if each is None else storage.unique_key(new.job_type, each) for each in identities],
-        until_finished=rule.until_finished,
-        window_seconds=rule.window_seconds,
-        on_conflict=rule.on_conflict,
-        merge=rule.merger(config.current().max_payload_bytes),
+        unique_rule=storage.UniqueRule(
+            until_finished=rule.until_finished,
+            window_seconds=rule.window_seconds,
+            on_conflict=rule.on_conflict,
+            merge=rule.merger(config.current().max_payload_bytes),
+        ),
     )
 
 

@@ -559,8 +559,13 @@ def test_later_items_of_a_bulk_act_on_the_earlier_ones(
     )
 
 
+@pytest.mark.parametrize("batch_size", [1000, 2])
 @pytest.mark.parametrize("until", _UNTIL)
-def test_bulk_keeps_its_order_and_items_without_a_key_are_all_enqueued(database: running.Database, until: Any) -> None:
+def test_bulk_keeps_its_order_and_items_without_a_key_are_all_enqueued(
+    database: running.Database, monkeypatch: pytest.MonkeyPatch, until: Any, batch_size: int
+) -> None:
+    monkeypatch.setattr(sys.modules["greenjobs.job"], "BATCH_SIZE", batch_size)
+
     @job(unique_key=lambda number: None if number == 0 else f"n{number}", until=until)
     def work(number: int) -> None: ...
 

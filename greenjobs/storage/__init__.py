@@ -31,6 +31,7 @@ from greenjobs.storage.schedules import (
     take_ticks,
 )
 from greenjobs.storage.transaction import CHANNEL, atomic
+from greenjobs.storage.unique import UniqueRule
 from greenjobs.storage.windows import prune_windows
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Rescued",
     "Snoozed",
     "TakenTicks",
+    "UniqueRule",
     "acknowledge",
     "atomic",
     "cancel",

@@ -7,9 +7,8 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -18,8 +17,9 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller's connection makes by itself
 
 from greenjobs.statement import Statement
-from greenjobs.storage import conflicts
+from greenjobs.storage.conflicts import Changed
 from greenjobs.storage.transaction import atomic
+from greenjobs.storage.unique import Portion, UniqueRule, enqueue_unique
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -37,10 +37,6 @@ class NewJobs(NamedTuple):
 
     `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, None where it has none, or is None
     for none at all. `options` is a JSON object as text: what all of them say otherwise than their job.
-
-    A key is taken while its job waits; with `until_finished` while it runs, too; with `window_seconds` for so long, and
-    by neither. `on_conflict` says what a job does to the waiting one that has its key: "keep", "replace", "extend", or
-    "merge", for which `merge` makes one JSON object as text of that of the waiting job and that of the new one.
     """
 
     job_type: str
@@ -51,10 +47,7 @@ class NewJobs(NamedTuple):
     run_at: datetime | None = None
     unique_keys: Sequence[str | None] | None = None
     options: str | None = None
-    until_finished: bool = False
-    window_seconds: float | None = None
-    on_conflict: str = "keep"
-    merge: Callable[[str, str], str] | None = None
+    unique_rule: UniqueRule = UniqueRule()
 
     @property
     def takes_transaction(self) -> bool:
@@ -62,7 +55,7 @@ class NewJobs(NamedTuple):
         return (
             self.unique_keys is not None
             and len(self.data) > 1
-            and (self.on_conflict != "keep" or self.window_seconds is not None)
+            and (self.unique_rule.on_conflict != "keep" or self.unique_rule.window_seconds is not None)
         )
 
 
@@ -134,12 +127,6 @@ _NUMBERED = """
         unnest(%(ids)s)
     ) WITH ORDINALITY AS listed (data, key, id, place)
     ORDER BY listed.place
-"""
-
-# For unique jobs that take several statements, each of which has jobs from everywhere among them.
-_DRAW_NUMBERS = """
-SELECT nextval((SELECT pg_get_serial_sequence('background_jobs', 'id')::regclass))
-FROM generate_series(1, %(count)s)
 """
 
 # Numbered in the order of the jobs, inserted in that of their keys: two statements that meet in several keys then wait
@@ -369,10 +356,7 @@ def _enqueue(
     else:
         parameters["run_at"], parameters["delay"] = jobs.run_at, jobs.delay_seconds
         if jobs.unique_keys is not None:
-            parameters["until_finished"], parameters["window"] = jobs.until_finished, jobs.window_seconds
-            return _enqueue_unique(
-                cursor, parameters, jobs, jobs.unique_keys, in_transaction, at_once or len(jobs.data)
-            )
+            return _enqueue_unique(cursor, parameters, jobs, in_transaction, at_once or len(jobs.data))
         parameters["data"] = _json_array(jobs.data)
         _ENQUEUE_STATEMENTS["plain", in_transaction].run(cursor, parameters)
     rows = cursor.fetchall()
@@ -383,125 +367,29 @@ def _enqueue(
 
 
 def _enqueue_unique(
-    cursor: Cursor,
-    parameters: dict[str, Any],
-    jobs: NewJobs,
-    keys: Sequence[str | None],
-    in_transaction: bool,
-    at_once: int,
+    cursor: Cursor, parameters: Mapping[str, Any], jobs: NewJobs, in_transaction: bool, at_once: int
 ) -> list[Enqueued]:
-    # A job without a key stands for itself, under its place.
-    places = [place if key is None else key for place, key in enumerate(keys)]
-    pending: dict[int | str, list[str]] = {}
-    for place, data in zip(places, jobs.data, strict=True):
-        pending.setdefault(place, []).append(data)
-    found: dict[int | str, Enqueued] = {}
-    while pending:
-        for some in _in_order_of_keys(cursor, pending, at_once):
-            for place, id in _insert_unique(cursor, parameters, jobs, some, in_transaction).items():
-                found[place] = Enqueued(id)
-                del pending[place]
-        if pending:
-            # The statement's snapshot may be older than the row it ran into, so that only a new look sees it. A job
-            # that let go of its key between the two looks, or between the look and the change, is not among what was
-            # met: once more, then.
-            for key, met in _meet(cursor, parameters, jobs, pending, in_transaction).items():
-                found[key] = met
-                del pending[key]
-    enqueued = []
-    for place in places:
-        enqueued.append(found[place])
-        # Later ones of its key have done to it what new ones do, or have met one that cannot be changed.
-        if found[place].action == "enqueued":
-            found[place] = Enqueued(found[place].id, _ACTIONS[jobs.on_conflict])
-    return enqueued
+    rule = jobs.unique_rule
+    statement = _ENQUEUE_STATEMENTS["unique" if rule.window_seconds is None else "windowed", in_transaction]
+    parameters = {**parameters, "until_finished": rule.until_finished, "window": rule.window_seconds}
+
+    def insert(portion: Portion) -> list[tuple[int, str | None]]:
+        more = {"data": _json_array(portion.data), "keys": portion.keys, "ids": portion.ids}
+        statement.run(cursor, {**parameters, **more})
+        rows = cursor.fetchall()
+        if rows and rows[0][1] and not in_transaction:
+            _notify(cursor, jobs)
+        return [(id, key) for id, _, key in rows]
+
+    def tell(changed: Sequence[Changed]) -> None:
+        _tell(cursor, changed, in_transaction)
+
+    keys = jobs.unique_keys or ()
+    settled = enqueue_unique(cursor, rule, keys, jobs.data, parameters, insert=insert, tell=tell, at_once=at_once)
+    return [Enqueued(id, action) for id, action in settled]
 
 
-_ACTIONS = {"keep": "kept", "replace": "replaced", "extend": "extended", "merge": "merged"}
-
-
-class _Portion(NamedTuple):
-    """What is inserted in one statement: data by key, or by place where there is none; numbers, if they are drawn."""
-
-    items: Mapping[int | str, Sequence[str]]
-    ids: Sequence[int] | None
-
-
-def _in_order_of_keys(cursor: Cursor, pending: Mapping[int | str, list[str]], at_once: int) -> list[_Portion]:
-    """In portions, those without a key last; numbered in the order that they have."""
-    if len(pending) <= at_once:
-        return [_Portion(dict(pending), None)]
-    cursor.execute(_DRAW_NUMBERS, {"count": len(pending)})
-    number = dict(zip(pending, sorted(row[0] for row in cursor.fetchall()), strict=True))
-    places: list[int | str] = sorted(place for place in pending if isinstance(place, str))
-    places += [place for place in pending if isinstance(place, int)]
-    portions = [places[start : start + at_once] for start in range(0, len(places), at_once)]
-    return [_Portion({place: pending[place] for place in some}, [number[place] for place in some]) for some in portions]
-
-
-def _insert_unique(
-    cursor: Cursor, parameters: Mapping[str, Any], jobs: NewJobs, portion: _Portion, in_transaction: bool
-) -> dict[int | str, int]:
-    """Insert those whose keys are free; returns their ids."""
-    pending = portion.items
-    kind = "unique" if jobs.window_seconds is None else "windowed"
-    data = _json_array(_folded(jobs, items) for items in pending.values())
-    keys = [place if isinstance(place, str) else None for place in pending]
-    _ENQUEUE_STATEMENTS[kind, in_transaction].run(
-        cursor, {**parameters, "data": data, "keys": keys, "ids": portion.ids}
-    )
-    rows = sorted(cursor.fetchall())
-    if rows and rows[0][1] and not in_transaction:
-        _notify(cursor, jobs)
-    without_key = (place for place in pending if isinstance(place, int))
-    return {next(without_key) if key is None else key: id for id, _, key in rows}
-
-
-def _folded(jobs: NewJobs, items: Sequence[str]) -> str:
-    """The data of a new job that these items, which have one key, come to."""
-    if jobs.on_conflict == "merge":
-        assert jobs.merge is not None
-        return reduce(jobs.merge, items)
-    return items[-1] if jobs.on_conflict == "replace" else items[0]
-
-
-def _meet(
-    cursor: Cursor,
-    parameters: Mapping[str, Any],
-    jobs: NewJobs,
-    pending: Mapping[int | str, Sequence[str]],
-    in_transaction: bool,
-) -> dict[str, Enqueued]:
-    """Do to the jobs that hold these keys what is to be done on a conflict; those met are in the result."""
-    keys = [key for key in pending if isinstance(key, str)]
-    if jobs.window_seconds is not None:
-        holders = conflicts.window_holders(cursor, keys)
-    else:
-        holders = conflicts.holders(cursor, keys, until_finished=jobs.until_finished)
-    met = {key: Enqueued(holder.id, "kept") for key, holder in holders.items()}
-    key_of = {holder.id: key for key, holder in sorted(holders.items(), key=lambda item: item[1]) if holder.waits}
-    if jobs.on_conflict == "keep" or not key_of:
-        return met
-    waiting = {id: key if jobs.window_seconds is None else None for id, key in key_of.items()}
-    changed: Sequence[conflicts.Changed] = ()
-    if jobs.on_conflict == "replace":
-        data = [_folded(jobs, pending[key]) for key in key_of.values()]
-        changed = conflicts.replace(cursor, waiting, data, parameters)
-        ids = [each.id for each in changed]
-    elif jobs.on_conflict == "extend":
-        changed = conflicts.extend(cursor, waiting, parameters)
-        ids = [each.id for each in changed]
-    else:
-        merge = jobs.merge
-        assert merge is not None
-        ids = conflicts.merge(cursor, waiting, lambda id, data: reduce(merge, pending[key_of[id]], data))
-    _tell(cursor, changed, in_transaction)
-    for key in key_of.values():
-        del met[key]
-    return met | {key_of[id]: Enqueued(id, _ACTIONS[jobs.on_conflict]) for id in ids}
-
-
-def _tell(cursor: Cursor, changed: Sequence[conflicts.Changed], in_transaction: bool) -> None:
+def _tell(cursor: Cursor, changed: Sequence[Changed], in_transaction: bool) -> None:
     """Wake whoever may take these jobs now, or has to look at them sooner than it knows."""
     available = Counter(each.queue for each in changed if each.is_available)
     is_due_soon = any(each.is_due_soon for each in changed)
