@@ -22,7 +22,7 @@ from greenjobs.job import Job
 from greenjobs.pool import connect
 from greenjobs.runner import Runner
 from greenjobs.statement import PlanningConnection
-from greenjobs.storage import Failure, Fence
+from greenjobs.storage import Failure, Fence, conflicts
 
 _ENQUEUERS = 50
 
@@ -216,6 +216,70 @@ def test_job_that_is_claimed_while_another_is_about_to_change_it_is_not_changed(
     else:
         assert (second.id, second.action) == (first.id, _ACTION[on_conflict])
         assert notes_of(database, first.id) == {"replace": [1], "extend": [0], "merge": [0, 1]}[on_conflict]
+
+
+@contextlib.contextmanager
+def slow_inserts(database: running.Database, table: str) -> Iterator[None]:
+    """Every row takes 20 ms before it is there, and 20 ms more in its statement."""
+    for name, when in (("slow_before", "BEFORE"), ("slow_after", "AFTER")):
+        database.rows(
+            f"""
+            CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                PERFORM pg_sleep(0.02);
+                RETURN NEW;
+            END $$;
+            CREATE TRIGGER {name} {when} INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION {name}()
+            """
+        )
+    try:
+        yield
+    finally:
+        database.rows("DROP FUNCTION slow_before() CASCADE; DROP FUNCTION slow_after() CASCADE")
+
+
+@pytest.mark.parametrize("until", _UNTIL)
+def test_bulks_in_opposite_order_wait_for_one_another_in_the_middle_of_their_statements(
+    database: running.Database, monkeypatch: pytest.MonkeyPatch, until: Any
+) -> None:
+    monkeypatch.setattr(sys.modules["greenjobs.storage.enqueuing"], "_DEADLOCK_ROUNDS", 0)
+    notify = declare(until, "replace")
+    calls = [(customer, [customer]) for customer in range(10)]
+    with slow_inserts(database, "background_unique_windows" if until == 3600 else "background_jobs"):
+        bulks = [gevent.spawn(notify.delay_many, each) for each in (calls, calls[::-1])]
+        gevent.joinall(bulks, raise_error=True)
+
+    assert database.count() == len(calls)
+
+
+@pytest.mark.parametrize("change", ["replace", "extend", "merge"])
+@pytest.mark.parametrize("loss", ["key", "life", "wait"])
+def test_holder_that_has_moved_on_since_it_was_looked_at_is_left_alone(
+    database: running.Database, connection: Connection, change: str, loss: str
+) -> None:
+    """It lost its key to another when it came back, was cancelled while it ran in between, or runs."""
+    first = declare("started").delay(1, [0])
+    key = database.value("SELECT unique_key FROM background_jobs")
+    database.rows(
+        {
+            "key": "UPDATE background_jobs SET unique_key = NULL",
+            "life": "UPDATE background_jobs SET cancel_asked_at = now()",
+            "wait": "UPDATE background_jobs SET state = 'running', claimed_by = 1",
+        }[loss]
+    )
+    before = database.rows("SELECT * FROM background_jobs")
+    new = {"queue": "default", "priority": 0, "options": None, "run_at": None, "delay": 60.0}
+    with connection.cursor() as cursor:
+        changed: Any
+        if change == "replace":
+            changed = conflicts.replace(cursor, {first.id: key}, ["{}"], new)
+        elif change == "extend":
+            changed = conflicts.extend(cursor, {first.id: key}, new)
+        else:
+            changed = conflicts.merge(cursor, {first.id: key}, lambda id, data: "{}")
+
+    assert changed == []
+    assert database.rows("SELECT * FROM background_jobs") == before
 
 
 # --- what happens to the first ----------------------------------------------------------------------------------------

@@ -178,6 +178,32 @@ def test_merge_gets_arguments_as_the_function_does_and_what_it_returns_is_stored
     assert text == '{"customer_id":1,"month":"2026-03-01"}'
 
 
+def merge_calls(declared: Job[Any, Any], waiting: str, new: str) -> str:
+    merger = rule_of(declared).merger(1000)
+    assert merger is not None
+    return merger(waiting, new)
+
+
+def test_dataclass_is_merged_as_an_instance() -> None:
+    def both(waiting: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        return {"invoice": Invoice(new["invoice"].number, f"{waiting['invoice'].note} {new['invoice'].note}")}
+
+    declared = job(unique=("number",), on_conflict="merge", merge=both)(send)
+    text = merge_calls(declared, '{"number": 1, "note": "a"}', '{"number": 1, "note": "b"}')
+    assert text == '{"number":1,"note":"a b"}'
+
+
+def test_arguments_that_go_by_position_are_merged_by_name() -> None:
+    def both(waiting: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        return {**new, "rest": (*waiting["rest"], *new["rest"])}
+
+    @job(unique=True, on_conflict="merge", merge=both)
+    def work(number: int, /, *rest: int, **extra: int) -> None: ...
+
+    text = merge_calls(work, '{"number": 1, "rest": [2]}', '{"number": 1, "rest": [3], "x": 4}')
+    assert text == '{"number":1,"rest":[2,3],"x":4}'
+
+
 @pytest.mark.parametrize(
     "returned, problem",
     [
