@@ -60,6 +60,10 @@ class OptionError(GreenjobsError, ValueError):
     """An option of one `.options(...)` call is wrong; nothing was enqueued."""
 
 
+class UniquenessError(GreenjobsError, ValueError):
+    """The unique key of a call, or its merger with the job that waits, could not be made; nothing was enqueued."""
+
+
 class NoCurrentJob(GreenjobsError, RuntimeError):
     """`current_job` was asked outside a job."""
 

@@ -132,14 +132,16 @@ class Chores(NamedTuple):
     """What there is to do beside running jobs. Mostly nothing, and one question tells.
 
     `dead` are the ids of runners that live no more, unless they are noted as ended and hold nothing; `cancelled` those
-    of jobs held by the asking process whose end was asked for; `has_homeless` says whether jobs have no queue, and
-    `has_unwanted` whether jobs wait that were cancelled while they ran.
+    of jobs held by the asking process whose end was asked for; `has_homeless` says whether jobs have no queue,
+    `has_unwanted` whether jobs wait that were cancelled while they ran, and `has_past_windows` whether unique keys have
+    windows that have been over for a while.
     """
 
     dead: list[int]
     cancelled: list[int]
     has_homeless: bool
     has_unwanted: bool
+    has_past_windows: bool
 
 
 _CHORES = Statement(
@@ -174,6 +176,11 @@ SELECT
         FROM background_jobs
         WHERE cancel_asked_at IS NOT NULL
             AND state IN ('scheduled', 'available')
+    ),
+    EXISTS (
+        SELECT
+        FROM background_unique_windows
+        WHERE ends_at < now() - interval '1 minute'
     )
 """,
     runners="int[]",

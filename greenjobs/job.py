@@ -28,6 +28,7 @@ from greenjobs.events import Handler
 from greenjobs.handle import JobHandle
 from greenjobs.payload import Codec
 from greenjobs.retry import Backoff
+from greenjobs.uniqueness import MakeKey, Merge, OnConflict, Uniqueness, UniqueSettings, Until
 
 if TYPE_CHECKING:
     from greenjobs.storage import NewJobs
@@ -46,6 +47,8 @@ _UNDEFINED_TABLE = "42P01"  # PostgreSQL's error code
 
 _MOST_BYTES_OF_NO_ARGUMENTS = 2  # {}
 
+_UNSAID = UniqueSettings()
+
 _JOB_NAME = re.compile(r"[\w.:/-]{1,200}")
 
 
@@ -59,6 +62,7 @@ class _Options:
     run_at: datetime | None = None
     overrides: tuple[tuple[str, float], ...] = ()
     connection: Any = None
+    uniqueness: Uniqueness | None = None  # resolved: that of the job, unless the call says otherwise
 
 
 class Job(Generic[P, R]):
@@ -72,7 +76,11 @@ class Job(Generic[P, R]):
         queue: str | None = None,
         priority: int = 0,
         max_retries: int | None = None,
-        unique: bool = False,
+        unique: bool | Sequence[str] = False,
+        unique_key: MakeKey | None = None,
+        until: Until | None = None,
+        on_conflict: OnConflict | None = None,
+        merge: Merge | None = None,
         aliases: Iterable[str] = (),
         cron: str | Iterable[str] | None = None,
         timezone: str | None = None,
@@ -94,8 +102,10 @@ class Job(Generic[P, R]):
         self.aliases = _checked_aliases(aliases, self.name)
         self.policy = policy.declared(self.name, **attempts)
         self.codec = Codec(function, job_name=self.name)
+        self._unique_settings = UniqueSettings(unique, unique_key, until, on_conflict, merge)
+        self.uniqueness = self._unique_settings.rule(self.name, self.codec)
         self.timetables = self._read_timetables(cron, timezone=timezone, catch_up=catch_up, overlap=overlap)
-        self._plain_call: Call[P] = Call(self, _Options())
+        self._plain_call: Call[P] = Call(self, _Options(uniqueness=self.uniqueness))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
@@ -138,13 +148,17 @@ class Job(Generic[P, R]):
         max_retries: int | None = None,
         timeout: float | timedelta | None = None,
         hard_timeout: float | timedelta | None = None,
+        unique: bool | Sequence[str] | None = None,
+        unique_key: MakeKey | None = None,
+        until: Until | None = None,
+        on_conflict: OnConflict | None = None,
         connection: Any = None,
     ) -> Call[P]:
         """Options for one call: `job.options(priority=10, delay=60).delay(…)`.
 
-        `delay` is in seconds; `run_at` is an aware datetime; `max_retries` and the timeouts are as for @job. With
-        `connection`, a psycopg2 connection or cursor, the job is inserted in its transaction: there when that commits,
-        gone when it rolls back. Raises OptionError.
+        `delay` is in seconds; `run_at` is an aware datetime; `max_retries`, the timeouts, and what makes it unique are
+        as for @job. With `connection`, a psycopg2 connection or cursor, the job is inserted in its transaction: there
+        when that commits, gone when it rolls back. Raises OptionError.
         """
         if delay is not None and run_at is not None:
             raise OptionError(f"{self.name}: give delay or run_at, not both")
@@ -157,6 +171,10 @@ class Job(Generic[P, R]):
         except ConfigError as error:
             raise OptionError(f"{self.name}: {error}") from None
         soft, hard = policy.checked_timeouts(self.name, timeout, hard_timeout, OptionError)
+        uniqueness = self.uniqueness
+        unique_settings = UniqueSettings(unique, unique_key, until, on_conflict)
+        if unique_settings != _UNSAID:
+            uniqueness = self._unique_settings.overridden(unique_settings).rule(self.name, self.codec, OptionError)
         overrides = {"max_retries": checked_retries, "timeout": soft, "hard_timeout": hard}
         return Call(
             self,
@@ -167,6 +185,7 @@ class Job(Generic[P, R]):
                 delay_seconds=0.0 if delay is None else _seconds(delay, self.name),
                 run_at=None if run_at is None else _aware(run_at, self.name),
                 connection=connection,
+                uniqueness=uniqueness,
             ),
         )
 
@@ -183,8 +202,6 @@ class Job(Generic[P, R]):
             self._max_retries = config.check({"max_retries": self._max_retries}).get("max_retries")
         except ConfigError as error:
             raise JobDefinitionError(f"{self.name}: {error}") from None
-        if not isinstance(self.unique, bool):
-            raise JobDefinitionError(f"{self.name}: unique is {self.unique!r}; allowed: True or False")
 
     def _read_timetables(self, cron: str | Iterable[str] | None, **options: Any) -> tuple[Timetable, ...]:
         given = {name: value for name, value in options.items() if value is not None}
@@ -261,7 +278,7 @@ class Call(Generic[P]):
                 f"schema of its search_path; type `greenjobs migrate`"
             ) from error
         name = self._job.name
-        return [JobHandle(id, name, is_duplicate) for id, is_duplicate in enqueued]
+        return [JobHandle(id, name, action != "enqueued", action) for id, action in enqueued]
 
     def _batches(self, storage: Any, data: list[str], size: int) -> list[NewJobs]:
         return [self._new_jobs(storage, data[start : start + size]) for start in range(0, len(data), size)]
@@ -275,10 +292,24 @@ class Call(Generic[P]):
             priority=options.priority if options.priority is not None else job.priority,
             delay_seconds=options.delay_seconds,
             run_at=options.run_at,
-            unique_keys=[storage.unique_key(job.name, one) for one in data] if job.unique else None,
             options=json.dumps(dict(options.overrides)) if options.overrides else None,
         )
+        return new if options.uniqueness is None else _with_keys(storage, new, options.uniqueness)
+
+
+def _with_keys(storage: Any, new: NewJobs, rule: Uniqueness) -> NewJobs:
+    identities = [rule.identity(one) for one in new.data]
+    if not any(identities):
         return new
+    return new._replace(
+        unique_keys=[None if each is None else storage.unique_key(new.job_type, each) for each in identities],
+        unique_rule=storage.UniqueRule(
+            until_finished=rule.until_finished,
+            window_seconds=rule.window_seconds,
+            on_conflict=rule.on_conflict,
+            merge=rule.merger(config.current().max_payload_bytes),
+        ),
+    )
 
 
 @overload
@@ -292,7 +323,11 @@ def job(
     queue: str | None = None,
     priority: int = 0,
     max_retries: int | None = None,
-    unique: bool = False,
+    unique: bool | Sequence[str] = False,
+    unique_key: MakeKey | None = None,
+    until: Until | None = None,
+    on_conflict: OnConflict | None = None,
+    merge: Merge | None = None,
     aliases: Iterable[str] = (),
     cron: str | Iterable[str] | None = None,
     timezone: str | None = None,
@@ -312,9 +347,13 @@ def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     """Make a plain synchronous function a job: `@job`, or `@job(queue="emails")`.
 
     `name` is what rows call it (default: the function's name; keep it when the function is renamed or moves);
-    `priority` is larger for earlier, -32767 to 32767; `max_retries` counts tries after the first; with `unique`, an
-    unstarted job of the same arguments is not enqueued again; `aliases` are names that it had before, whose rows it
-    runs, too.
+    `priority` is larger for earlier, -32767 to 32767; `max_retries` counts tries after the first; `aliases` are names
+    that it had before, whose rows it runs, too.
+
+    With `unique`, a call with the same arguments, or the same of those that it names, is not enqueued again; nor, with
+    `unique_key`, a text such as "report-{number}" or a function of the arguments, one with the same key. That is so
+    `until` the first one has "started" (the default) or "finished", or for so many seconds. `on_conflict` is what then
+    becomes of the first if it waits: "keep", "replace", "extend" or "merge", which calls `merge` with both.
 
     `backoff` says when a failed job runs again, see greenjobs.retry; `retry_on` are the errors after which it does
     (default: all), `discard_on` those that end it quietly. After `timeout` seconds JobTimeout is raised in it, after

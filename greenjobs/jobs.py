@@ -113,7 +113,7 @@ def retry(*ids: int, limit: int | None = None, **filters: Unpack[Filters]) -> Ou
     """Make jobs available now: failed ones, and, where they are named by id or state, scheduled ones.
 
     A failed job has all its retries before it again, and keeps the errors that it had. One with a unique key is left
-    alone while another job of that key has not started.
+    alone while another job has that key.
     """
     return plan("retry", *ids, limit=limit, **filters).carry_out()
 
@@ -203,7 +203,7 @@ def _retry(batch: Sequence[storage.Fence], states: Sequence[str]) -> Outcome:
             queues = storage.retry(connection, batch, states=states)
     except errors.UniqueViolation:
         if len(batch) == 1:
-            return Outcome(left_alone={batch[0].id: "another job with its unique key waits already"})
+            return Outcome(left_alone={batch[0].id: "another job has its unique key"})
         middle = len(batch) // 2
         one, other = _retry(batch[:middle], states), _retry(batch[middle:], states)
         return Outcome(one.ids + other.ids, left_alone={**one.left_alone, **other.left_alone})

@@ -187,6 +187,10 @@ class Maintenance:
             self._fellow.cancel(job_id)
         if chores.has_unwanted:
             self._service.call(storage.remove_cancelled)
+        # All that are over go, but only when one has been so for a minute: so there is little to do but once a minute.
+        if chores.has_past_windows:
+            while self._service.call(storage.prune_windows, limit=_PRUNE_AT_ONCE) == _PRUNE_AT_ONCE:
+                pass
 
     def audit(self) -> None:
         """Give back what the database says this runner holds, and it does not know of."""

@@ -12,14 +12,16 @@ writes for the same job, so that each language can enqueue for the other. `shape
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import orjson
 
 from greenjobs.errors import JobDefinitionError, PayloadError, PayloadMismatch
 from greenjobs.shapes.annotations import AnnotationReader, resolve
+from greenjobs.shapes.dataclass_shape import Dataclass
 from greenjobs.shapes.plain import Unfit, canonical_json, checked_text
 from greenjobs.shapes.shape import ANY_KIND, ARRAY, Items, Plain, Shape
 
@@ -147,6 +149,49 @@ class Codec:
         if self._positional_only or self._rest in arguments:
             return self._take_positional(arguments), arguments
         return (), arguments
+
+    def arguments(self, text: str) -> dict[str, Any]:
+        """Return what `decode` does by parameter name, in the order of the signature; what **extra takes beside it.
+
+        Arguments that were left to their defaults are not in it. Raises as `decode` does.
+        """
+        args, kwargs = self.decode(text)
+        return self._bind(args, kwargs)
+
+    def as_call(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return (args, kwargs) for arguments by name. Raises TypeError for one that must be there and is not."""
+        named = dict(arguments)
+        missing = next((name for name in self.parameters if name in self._required and name not in named), None)
+        if missing is not None:
+            raise TypeError(f"{self._function_name}() lacks the argument {missing!r}")
+        if self._rest in named:
+            named[self._rest] = list(named[self._rest])
+        return self._take_positional(named), named
+
+    @property
+    def own_parameters(self) -> tuple[str, ...]:
+        """The names of the parameters but for **extra, which takes arguments under names of their own."""
+        return tuple(name for name in self.parameters if name in self._names)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults by parameter name; of *args none are the default."""
+        return self._defaults if self._rest is None else {**self._defaults, self._rest: ()}
+
+    def stored_defaults(self) -> dict[str, Any]:
+        """The defaults by parameter name as they would be stored, without those that no call could pass."""
+        stored = {}
+        for name, value in self.defaults.items():
+            with contextlib.suppress(Unfit):
+                stored[name] = orjson.loads(orjson.dumps(self._shapes[name].dump(value, 1)))
+        return stored
+
+    def stored_names(self) -> dict[str, str]:
+        """The keys of `data` by parameter name; where a dataclass is the payload, by the names of its fields."""
+        if self.dataclass is None:
+            return {name: name for name in self.own_parameters}
+        shape = self._shapes[self.parameters[0]]
+        return shape.json_names if isinstance(shape, Dataclass) else {}
 
     def _read_annotations(self, function: Callable[..., object], reader: AnnotationReader) -> dict[str, Shape]:
         global_names = getattr(inspect.unwrap(function), "__globals__", {})

@@ -24,7 +24,7 @@ import gevent
 
 from greenjobs import inspection, storage
 from greenjobs.cron import Timetable
-from greenjobs.errors import ConfigError
+from greenjobs.errors import ConfigError, PayloadError, UniquenessError
 from greenjobs.schedules import declared
 
 if TYPE_CHECKING:
@@ -116,11 +116,7 @@ class Scheduler:
             timetable = Timetable(due.cron, due.timezone, due.catch_up)
         except ValueError as error:
             # Such as a time zone that is known on the host where the schedule was made, and not on this one.
-            if due.name not in self._broken:
-                self._broken.add(due.name)
-                logger.error(
-                    "the ticks of the schedule %r (%s) cannot be worked out: %s", due.name, due.job_type, error
-                )
+            self._note_broken(due, "the ticks of the schedule %r (%s) cannot be worked out: %s", error)
             return False
         pending = timetable.due_ticks(due.next_tick_at, due.now)
         is_ours, tick = True, next(pending, None)
@@ -128,9 +124,19 @@ class Scheduler:
             ticks = [] if tick is None else [tick, *itertools.islice(pending, _TICKS_AT_ONCE - 1)]
             tick = next(pending, None)
             following = tick if tick is not None else timetable.next_after(due.now)
-            is_ours = self._service.call(self._take, due, ticks, following) and tick is not None
+            try:
+                is_ours = self._service.call(self._take, due, ticks, following) and tick is not None
+            except (UniquenessError, PayloadError) as error:
+                # Its arguments are older than the job is now, or the job's own functions have failed. Nothing was done.
+                self._note_broken(due, "the ticks of the schedule %r (%s) cannot be enqueued: %s", error)
+                return False
             due = due._replace(next_tick_at=following)
         return True
+
+    def _note_broken(self, due: DueSchedule, message: str, error: Exception) -> None:
+        if due.name not in self._broken:
+            self._broken.add(due.name)
+            logger.error(message, due.name, due.job_type, error)
 
     def _take(self, connection: Connection, due: DueSchedule, ticks: Sequence[datetime], following: datetime) -> bool:
         """In one transaction: move the schedule on, and enqueue a job for each tick; False when somebody else has."""

@@ -87,6 +87,12 @@ CREATE UNIQUE INDEX background_jobs_unique
     ON background_jobs (unique_key)
     WHERE unique_key IS NOT NULL AND state IN ('scheduled', 'available');
 
+-- Of jobs that keep their key until they are finished, one in all. It goes on having the key from claim to retry, so that
+-- none of these changes ever meets another of its kind here.
+CREATE UNIQUE INDEX background_jobs_unique_until_finished
+    ON background_jobs (unique_key)
+    WHERE unique_until_finished AND unique_key IS NOT NULL AND state IN ('scheduled', 'available', 'running');
+
 -- A runner is alive exactly while its session holds the advisory lock (this table's oid, its id); one that has a lease
 -- instead, because a pooler allows no session, until that runs out.
 CREATE TABLE background_runners (

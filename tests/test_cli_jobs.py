@@ -248,7 +248,7 @@ class TestLeftAlone:
         first, second = insert(database, 2, state="failed", unique_key="key")
         lines = greenjobs("jobs", "retry", "--state", "failed", "--yes").stdout.splitlines()
         assert lines[0] in (f"retried 1 job: {first}", f"retried 1 job: {second}")
-        assert lines[2].endswith("another job with its unique key waits already")
+        assert lines[2].endswith("another job has its unique key")
 
     def test_running_job_is_asked_to_end(self, database: running.Database) -> None:
         (id,) = insert(database, state="running", claimed_by=1)

@@ -372,7 +372,7 @@ class TestRetrying:
         other = insert_one(database, state="failed", unique_key="other")
         outcome = jobs.retry(state="failed")
         assert set(outcome.ids) in ({first, other}, {second, other})
-        assert list(outcome.left_alone.values()) == ["another job with its unique key waits already"]
+        assert list(outcome.left_alone.values()) == ["another job has its unique key"]
         assert sorted(database.column("SELECT state FROM background_jobs")) == ["available", "available", "failed"]
 
     def test_job_whose_unique_key_another_one_has_is_left_alone(self, database: running.Database) -> None:
@@ -381,7 +381,7 @@ class TestRetrying:
         others = insert(database, 10, state="failed")
         outcome = jobs.retry(state="failed")
         assert sorted(outcome.ids) == others
-        assert outcome.left_alone == {failed: "another job with its unique key waits already"}
+        assert outcome.left_alone == {failed: "another job has its unique key"}
 
     def test_more_than_a_batch_is_retried(self, database: running.Database) -> None:
         ids = insert(database, 2500, state="failed")
@@ -434,7 +434,7 @@ class TestRetrying:
             greenlets = at_once(lambda: jobs.retry(failed))
             wait_until_blocked(database)
         (outcome,) = results(greenlets)
-        assert outcome.left_alone == {failed: "another job with its unique key waits already"}
+        assert outcome.left_alone == {failed: "another job has its unique key"}
         assert database.state(failed) == "failed"
 
 

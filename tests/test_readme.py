@@ -248,13 +248,15 @@ def test_jobs_of_the_first_usage_snippet_are_run_or_wait_for_their_time(reader: 
     assert {line for line in printed.splitlines() if line.endswith("!")} == {
         "Welcome, Ann!",
         "Now or never, Ann!",
+        "Not twice in an hour, Ann!",
         "Hello, Ann!",
         "Hello, Bob!",
         "You have an account, Ann!",
     }
     with databases.administration(str(reader.database_url)) as cursor:
         cursor.execute("SELECT data->>'subject' FROM background_jobs WHERE state = 'scheduled' ORDER BY run_at")
-        assert [row[0] for row in cursor.fetchall()] == ["In a minute, before others", "Tomorrow"]
+        subjects = [row[0] for row in cursor.fetchall()]
+    assert subjects == ["In a minute, before others", "Only the last one", "Tomorrow"]
 
 
 def test_dataclass_of_the_second_usage_snippet_comes_back_as_itself(reader: Reader) -> None:

@@ -654,6 +654,28 @@ def test_a_schedule_that_cannot_be_worked_out_here_is_left_to_others_and_said_on
     assert (database.count(), len(caplog.records)) == (1, 1)
 
 
+def test_a_schedule_whose_unique_key_cannot_be_made_holds_up_no_other(
+    database: Database, fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its tick is enqueued when the key can be made."""
+    customers = dict[str, str]()
+    report = make_job(unique_key=lambda kind: customers[kind])
+    healthy = make_job("healthy")
+    schedules.add(report, name="a", cron=NEVER_NOW)
+    schedules.add(healthy, name="b", cron=NEVER_NOW)
+    database.rows("UPDATE background_schedules SET next_tick_at = now() - interval '1 year'")
+    scheduler, _ = fleet.scheduler(report, healthy)
+    with caplog.at_level(logging.ERROR):
+        assert not scheduler.enqueue_due()
+        assert not scheduler.enqueue_due()
+    assert database.column("SELECT job_type FROM background_jobs") == ["healthy"]
+    (record,) = caplog.records
+    assert "the schedule 'a' (report) cannot be enqueued: report: unique_key failed: KeyError" in record.message
+    customers["short"] = "all"
+    assert scheduler.enqueue_due()
+    assert database.count("job_type = 'report'") == 1
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 

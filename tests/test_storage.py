@@ -383,7 +383,7 @@ def test_job_given_back_regains_its_unique_key(connection: Connection) -> None:
     ((id, _),) = storage.enqueue(connection, [_unique("k")])
     storage.give_back(connection, [_OURS], _fences(_claim(connection)))
 
-    assert storage.enqueue(connection, [_unique("k")]) == [(id, True)]
+    assert storage.enqueue(connection, [_unique("k")]) == [(id, "kept")]
 
 
 @pytest.mark.parametrize("outcome", ["failed", "unfinished", "rescued", "ended"])

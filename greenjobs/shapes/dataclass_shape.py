@@ -120,6 +120,11 @@ class Dataclass(Shape):
         self._to_dict: Any = DataClassJsonMixin.to_dict
         self._from_dict: Any = vars(DataClassJsonMixin)["from_dict"].__func__
 
+    @property
+    def json_names(self) -> dict[str, str]:
+        """What its fields are called in the stored object, by their names."""
+        return {field.name: field.json_name for field in self._fields}
+
     def accepts(self, value: Any) -> bool:
         return type(value) is self.python_type
 

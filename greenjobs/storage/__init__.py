@@ -31,6 +31,8 @@ from greenjobs.storage.schedules import (
     take_ticks,
 )
 from greenjobs.storage.transaction import CHANNEL, atomic
+from greenjobs.storage.unique import UniqueRule
+from greenjobs.storage.windows import prune_windows
 
 __all__ = [
     "CHANNEL",
@@ -46,6 +48,7 @@ __all__ = [
     "Rescued",
     "Snoozed",
     "TakenTicks",
+    "UniqueRule",
     "acknowledge",
     "atomic",
     "cancel",
@@ -65,6 +68,7 @@ __all__ = [
     "pause_schedule",
     "promote",
     "prune",
+    "prune_windows",
     "register_runner",
     "remove_cancelled",
     "renew_lease",

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from greenjobs.storage.windows import END_WINDOWS_OF_REMOVED
+
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
 
-_REMOVE_WAITING = """
-DELETE FROM background_jobs
-WHERE id = ANY(%(ids)s)
-    AND state IN ('scheduled', 'available')
-RETURNING id
+_REMOVE_WAITING = f"""
+WITH removed AS (
+    DELETE FROM background_jobs
+    WHERE id = ANY(%(ids)s)
+        AND state IN ('scheduled', 'available')
+    RETURNING id
+),
+{END_WINDOWS_OF_REMOVED}
+SELECT id
+FROM removed
 """
 
 _ASK_CANCEL = """

@@ -6,16 +6,20 @@ import hashlib
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 from psycopg2 import errors
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller's connection makes by itself
 
 from greenjobs.statement import Statement
+from greenjobs.storage.conflicts import Changed
 from greenjobs.storage.transaction import atomic
+from greenjobs.storage.unique import Portion, UniqueRule, enqueue_unique
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -31,8 +35,8 @@ _DEADLOCK_SECONDS = 0.2
 class NewJobs(NamedTuple):
     """Jobs of one type to enqueue together. `data` is a JSON object as text for each.
 
-    `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, or is None for none. `options` is
-    a JSON object as text: what all of them say otherwise than their job.
+    `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, None where it has none, or is None
+    for none at all. `options` is a JSON object as text: what all of them say otherwise than their job.
     """
 
     job_type: str
@@ -41,21 +45,38 @@ class NewJobs(NamedTuple):
     priority: int = 0
     delay_seconds: float = 0.0
     run_at: datetime | None = None
-    unique_keys: Sequence[str] | None = None
+    unique_keys: Sequence[str | None] | None = None
     options: str | None = None
+    unique_rule: UniqueRule = UniqueRule()
+
+    @property
+    def takes_transaction(self) -> bool:
+        """Whether one statement can do a part of it only."""
+        return (
+            self.unique_keys is not None
+            and len(self.data) > 1
+            and (self.unique_rule.on_conflict != "keep" or self.unique_rule.window_seconds is not None)
+        )
 
 
 class Enqueued(NamedTuple):
-    """What became of a new job: the id of its row, or that of the unstarted job that it duplicates."""
+    """What became of a new job. It was "enqueued", and `id` is that of its row; or that row has its unique key already,
+    and was "kept" as it was, "replaced", "extended" or "merged".
+    """
 
     id: int
-    is_duplicate: bool
+    action: str = "enqueued"
+
+    @property
+    def is_duplicate(self) -> bool:
+        """Whether it has no row of its own."""
+        return self.action != "enqueued"
 
 
 # Jobs that are due are born available. The statement says whether somebody waits for them, and whether they are due
 # sooner than a promoter looks by itself; only then is there a second one, which notifies. NOTIFY takes a lock on the
 # whole database when it commits, so a busy system had better do without.
-_ENQUEUE = """
+_ENQUEUE = """{before}
 INSERT INTO background_jobs ({id_column}job_type, data, queue, priority, run_at, state, options{key_column})
 SELECT
     {id}
@@ -75,11 +96,12 @@ ORDER BY {order}
 {on_conflict}
 RETURNING
     id,
-    {notify}
-    {key_column}
-"""
+    {notify} AS is_awaited
+    {returned_key}
+{after}"""
 
 _PLAIN = {
+    "before": "",
     "id_column": "",
     "id": "",
     "key_column": "",
@@ -87,27 +109,70 @@ _PLAIN = {
     "given": "jsonb_array_elements(%(data)s) WITH ORDINALITY AS given (data, place)",
     "order": "given.place",
     "on_conflict": "",
+    "returned_key": "",
+    "after": "",
 }
 
-# Numbered in the order of the jobs, inserted in that of their keys: two statements that meet in several keys then wait
-# for one another instead of ending in a deadlock.
-_UNIQUE = {
-    "id_column": "id, ",
-    "id": "given.id,",
-    "key_column": ", unique_key",
-    "key": ", given.key",
-    "given": """(
+_NUMBERED = """
     SELECT
-        nextval((SELECT pg_get_serial_sequence('background_jobs', 'id')::regclass)) AS id,
+        coalesce(
+            listed.id,
+            nextval((SELECT pg_get_serial_sequence('background_jobs', 'id')::regclass))
+        ) AS id,
         listed.data,
         listed.key
-    FROM ROWS FROM (jsonb_array_elements(%(data)s), unnest(%(keys)s)) WITH ORDINALITY AS listed (data, key, place)
+    FROM ROWS FROM (
+        jsonb_array_elements(%(data)s),
+        unnest(%(keys)s),
+        unnest(%(ids)s)
+    ) WITH ORDINALITY AS listed (data, key, id, place)
     ORDER BY listed.place
-) AS given""",
+"""
+
+# Numbered in the order of the jobs, inserted in that of their keys: two statements that meet in several keys then wait
+# for one another instead of ending in a deadlock. Both indexes of keys have a say in what is a conflict.
+_UNIQUE = {
+    **_PLAIN,
+    "id_column": "id, ",
+    "id": "given.id,",
+    "key_column": ", unique_key, unique_until_finished",
+    "key": ", given.key, %(until_finished)s",
+    "given": f"({_NUMBERED}) AS given",
     "order": "given.key",
-    "on_conflict": """ON CONFLICT (unique_key)
-    WHERE unique_key IS NOT NULL AND state IN ('scheduled', 'available')
-    DO NOTHING""",
+    "on_conflict": "ON CONFLICT DO NOTHING",
+    "returned_key": ", unique_key",
+}
+
+# The windows are opened in the order of the keys; who opened one inserts its job. The keys stay out of the rows of the
+# jobs, lest one that still waits when its window is over has it taken until it starts.
+_WINDOWED = {
+    **_PLAIN,
+    "before": f"""
+WITH given AS (
+    {_NUMBERED}
+),
+opened AS (
+    INSERT INTO background_unique_windows (unique_key, job_id, ends_at)
+    SELECT key, id, statement_timestamp() + make_interval(secs => %(window)s)
+    FROM given
+    WHERE key IS NOT NULL
+    ORDER BY key
+    ON CONFLICT DO NOTHING
+    RETURNING unique_key, job_id
+),
+enqueued AS (""",
+    "id_column": "id, ",
+    "id": "given.id,",
+    "given": """given
+LEFT JOIN opened ON opened.job_id = given.id
+WHERE given.key IS NULL
+    OR opened.job_id IS NOT NULL""",
+    "order": "given.id",
+    "after": """)
+SELECT enqueued.id, enqueued.is_awaited, opened.unique_key
+FROM enqueued
+LEFT JOIN opened ON opened.job_id = enqueued.id
+""",
 }
 
 _SOMEBODY_WAITS = {
@@ -151,10 +216,23 @@ def _enqueue_statement(name: str, jobs: Mapping[str, str], notify: Mapping[str, 
 
 
 _ENQUEUE_STATEMENTS = {
-    (False, False): _enqueue_statement("enqueue", _PLAIN, _SOMEBODY_WAITS),
-    (True, False): _enqueue_statement("enqueue_unique", _UNIQUE, _SOMEBODY_WAITS, keys="text[]"),
-    (False, True): _enqueue_statement("enqueue_inside", _PLAIN, _NOTIFY_ALWAYS),
-    (True, True): _enqueue_statement("enqueue_unique_inside", _UNIQUE, _NOTIFY_ALWAYS, keys="text[]"),
+    ("plain", False): _enqueue_statement("enqueue", _PLAIN, _SOMEBODY_WAITS),
+    ("plain", True): _enqueue_statement("enqueue_inside", _PLAIN, _NOTIFY_ALWAYS),
+    **{
+        (kind, is_inside): _enqueue_statement(
+            f"enqueue_{kind}_inside" if is_inside else f"enqueue_{kind}",
+            jobs,
+            _NOTIFY_ALWAYS if is_inside else _SOMEBODY_WAITS,
+            keys="text[]",
+            ids="bigint[]",
+            **types,
+        )
+        for kind, jobs, types in (
+            ("unique", _UNIQUE, {"until_finished": "boolean"}),
+            ("windowed", _WINDOWED, {"window": "float8"}),
+        )
+        for is_inside in (False, True)
+    },
 }
 
 # What most calls of a web application are: one job, at once. It costs the server half of what the general form does.
@@ -204,11 +282,9 @@ WHERE %(is_later)s
     is_later="bool",
 )
 
-_UNSTARTED = """
-SELECT unique_key, id
-FROM background_jobs
-WHERE unique_key = ANY(%(keys)s)
-    AND state IN ('scheduled', 'available')
+_NOTIFY_INSIDE = """
+SELECT pg_notify('greenjobs', told)
+FROM unnest(%(told)s::text[]) AS told
 """
 
 # A promoter looks at least this often. Jobs due within twice that time of being enqueued notify it.
@@ -218,7 +294,8 @@ PROMOTER_SECONDS = 1.0
 def enqueue(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
     """Insert the jobs, in order, all or none, on an idle autocommit connection; committed; and wake who waits for them.
 
-    A job whose unique key an unstarted job has already is not inserted; the other's id stands in its place.
+    A job whose unique key is taken is not inserted; the id of the job that has it stands in its place, which is changed
+    as `on_conflict` says if it waits.
     """
     for round in range(_DEADLOCK_ROUNDS):
         try:
@@ -232,7 +309,7 @@ def enqueue(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued
 
 
 def _enqueue_alone(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
-    if len(batches) == 1:
+    if len(batches) == 1 and not batches[0].takes_transaction:
         return _enqueue(connection, batches[0], in_transaction=False)
     with atomic(connection):
         return enqueue_inside(connection, batches)
@@ -243,11 +320,28 @@ def enqueue_inside(connection: Connection, batches: Sequence[NewJobs]) -> list[E
 
     psycopg2 does not tell for certain whether there is one: `with connection:` makes autocommit wait, and looks idle.
     """
+    if connection.autocommit and batches[0].takes_transaction and not _is_in_transaction(connection):
+        with atomic(connection):
+            return enqueue_inside(connection, batches)
+    if len(batches) > 1 and batches[0].unique_keys is not None:
+        # In the order of their keys over all batches.
+        everything = batches[0]._replace(
+            data=[data for jobs in batches for data in jobs.data],
+            unique_keys=[key for jobs in batches for key in jobs.unique_keys or [None] * len(jobs.data)],
+        )
+        return _enqueue(connection, everything, in_transaction=True, at_once=len(batches[0].data))
     return [row for jobs in batches for row in _enqueue(connection, jobs, in_transaction=True)]
 
 
-def _enqueue(connection: Connection, jobs: NewJobs, *, in_transaction: bool) -> list[Enqueued]:
-    statement = _ENQUEUE_STATEMENTS[jobs.unique_keys is not None, in_transaction]
+def _is_in_transaction(connection: Connection) -> bool:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT")  # with which a transaction begins, where one is to
+    return connection.get_transaction_status() != TRANSACTION_STATUS_IDLE
+
+
+def _enqueue(
+    connection: Connection, jobs: NewJobs, *, in_transaction: bool, at_once: int | None = None
+) -> list[Enqueued]:
     parameters: dict[str, Any] = {
         "job_type": jobs.job_type,
         "queue": jobs.queue,
@@ -262,48 +356,52 @@ def _enqueue(connection: Connection, jobs: NewJobs, *, in_transaction: bool) -> 
     else:
         parameters["run_at"], parameters["delay"] = jobs.run_at, jobs.delay_seconds
         if jobs.unique_keys is not None:
-            return _enqueue_unique(cursor, statement, parameters, jobs, jobs.unique_keys, in_transaction)
+            return _enqueue_unique(cursor, parameters, jobs, in_transaction, at_once or len(jobs.data))
         parameters["data"] = _json_array(jobs.data)
-        statement.run(cursor, parameters)
+        _ENQUEUE_STATEMENTS["plain", in_transaction].run(cursor, parameters)
     rows = cursor.fetchall()
     if rows[0][1] and not in_transaction:
         _notify(cursor, jobs)
     # The serial numbers were drawn in the order of the jobs, whatever the order in which they come back.
-    return [Enqueued(id, False) for id in sorted([row[0] for row in rows])]
+    return [Enqueued(id) for id in sorted([row[0] for row in rows])]
 
 
 def _enqueue_unique(
-    cursor: Cursor,
-    statement: Statement,
-    parameters: dict[str, Any],
-    jobs: NewJobs,
-    keys: Sequence[str],
-    in_transaction: bool,
+    cursor: Cursor, parameters: Mapping[str, Any], jobs: NewJobs, in_transaction: bool, at_once: int
 ) -> list[Enqueued]:
-    pending: dict[str, str] = {}
-    for key, data in zip(keys, jobs.data, strict=True):
-        pending.setdefault(key, data)  # of equal keys the first one counts
-    found: dict[str, Enqueued] = {}
-    while pending:
-        statement.run(cursor, {**parameters, "data": _json_array(pending.values()), "keys": list(pending)})
+    rule = jobs.unique_rule
+    statement = _ENQUEUE_STATEMENTS["unique" if rule.window_seconds is None else "windowed", in_transaction]
+    parameters = {**parameters, "until_finished": rule.until_finished, "window": rule.window_seconds}
+
+    def insert(portion: Portion) -> list[tuple[int, str | None]]:
+        more = {"data": _json_array(portion.data), "keys": portion.keys, "ids": portion.ids}
+        statement.run(cursor, {**parameters, **more})
         rows = cursor.fetchall()
-        for id, _, key in rows:
-            found[key] = Enqueued(id, False)
-            del pending[key]
         if rows and rows[0][1] and not in_transaction:
             _notify(cursor, jobs)
-        if pending:
-            # The statement's snapshot may be older than the row it ran into, so that only a new look sees it. A job
-            # that started between the two looks has let go of its key: once more, then.
-            cursor.execute(_UNSTARTED, {"keys": list(pending)})
-            for key, id in cursor.fetchall():
-                found[key] = Enqueued(id, True)
-                del pending[key]
-    enqueued = []
-    for key in keys:
-        enqueued.append(found[key])
-        found[key] = Enqueued(found[key].id, True)
-    return enqueued
+        return [(id, key) for id, _, key in rows]
+
+    def tell(changed: Sequence[Changed]) -> None:
+        _tell(cursor, changed, in_transaction)
+
+    keys = jobs.unique_keys or ()
+    settled = enqueue_unique(cursor, rule, keys, jobs.data, parameters, insert=insert, tell=tell, at_once=at_once)
+    return [Enqueued(id, action) for id, action in settled]
+
+
+def _tell(cursor: Cursor, changed: Sequence[Changed], in_transaction: bool) -> None:
+    """Wake whoever may take these jobs now, or has to look at them sooner than it knows."""
+    available = Counter(each.queue for each in changed if each.is_available)
+    is_due_soon = any(each.is_due_soon for each in changed)
+    if in_transaction:
+        told = [f"*:{queue}" for queue in available] + ["due"] * is_due_soon
+        if told:
+            cursor.execute(_NOTIFY_INSIDE, {"told": told})
+        return
+    for queue, count in available.items():
+        _NOTIFY.run(cursor, {"queue": queue, "count": count, "is_later": False})
+    if is_due_soon:
+        _NOTIFY.run(cursor, {"queue": "", "count": 0, "is_later": True})
 
 
 def _notify(cursor: Cursor, jobs: NewJobs) -> None:

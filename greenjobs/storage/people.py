@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from greenjobs.storage.fence import Fence, int_array
+from greenjobs.storage.windows import END_WINDOWS_OF_REMOVED
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -45,7 +46,7 @@ def retry(connection: Connection, chosen: Sequence[Fence], *, states: Sequence[s
     """Make jobs in these states available, with all their retries before them; returns their queues by id.
 
     Those that have moved on since they were chosen are left alone. Raises UniqueViolation, and has changed nothing,
-    when another job with the unique key of one of them has not started.
+    when another job has the unique key of one of them.
     """
     with connection.cursor() as cursor:
         cursor.execute(_RETRY, {**_chosen(chosen), "states": list(states)})
@@ -53,11 +54,16 @@ def retry(connection: Connection, chosen: Sequence[Fence], *, states: Sequence[s
 
 
 _DISCARD = f"""
-{_CHOSEN}
-DELETE FROM background_jobs AS job
-USING chosen
-WHERE job.id = chosen.id
-RETURNING job.id
+{_CHOSEN},
+removed AS (
+    DELETE FROM background_jobs AS job
+    USING chosen
+    WHERE job.id = chosen.id
+    RETURNING job.id
+),
+{END_WINDOWS_OF_REMOVED}
+SELECT id
+FROM removed
 """
 
 
@@ -79,18 +85,24 @@ def _chosen(chosen: Sequence[Fence]) -> dict[str, Any]:
 
 
 # A row that was inserted as failed, or made so by hand, may say that it was last tried in 1970.
-_PRUNE = """
-DELETE FROM background_jobs
-WHERE id = ANY(ARRAY(
-    SELECT id
-    FROM background_jobs
-    WHERE state = 'failed'
-        AND last_retry < now() - make_interval(secs => %(age)s)
-        AND created_at < now() - make_interval(secs => %(age)s)
-    ORDER BY last_retry
-    LIMIT %(limit)s
-    FOR UPDATE SKIP LOCKED
-))
+_PRUNE = f"""
+WITH removed AS (
+    DELETE FROM background_jobs
+    WHERE id = ANY(ARRAY(
+        SELECT id
+        FROM background_jobs
+        WHERE state = 'failed'
+            AND last_retry < now() - make_interval(secs => %(age)s)
+            AND created_at < now() - make_interval(secs => %(age)s)
+        ORDER BY last_retry
+        LIMIT %(limit)s
+        FOR UPDATE SKIP LOCKED
+    ))
+    RETURNING id
+),
+{END_WINDOWS_OF_REMOVED}
+SELECT id
+FROM removed
 """
 
 

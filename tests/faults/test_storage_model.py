@@ -379,7 +379,8 @@ class Storage(RuleBasedStateMachine):
         state = "scheduled" if new.delay_seconds else "available"
         keys: Sequence[str | None] = new.unique_keys or [None] * len(new.data)
         assert len(enqueued) == len(new.data)
-        for key, (id, is_duplicate) in zip(keys, enqueued, strict=True):
+        for key, each in zip(keys, enqueued, strict=True):
+            id, is_duplicate = each.id, each.is_duplicate
             first = [row.id for row in rows.values() if key is not None and row.key == key and row.state in UNSTARTED]
             assert is_duplicate == bool(first)
             if is_duplicate:

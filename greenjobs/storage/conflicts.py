@@ -1,0 +1,257 @@
+"""What a new unique job finds in its way: who holds its key, and what becomes of that one.
+
+A job holds its key while it waits, and one whose key is taken until it is finished while it runs, too. A window holds
+the key of the job that opened it until the window is over, or the job has failed.
+
+Whoever looks is told of a moment that is gone, so a change is made to jobs that wait still, and says to which it was
+made; the others are to be looked at again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from psycopg2 import extensions
+
+from greenjobs.statement import Statement
+from greenjobs.storage.transaction import atomic
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import cursor as Cursor
+
+
+class Holder(NamedTuple):
+    """A job in the way, which may be gone, where it is a window that holds the key; whether it can still be changed."""
+
+    id: int
+    waits: bool
+
+
+class Changed(NamedTuple):
+    """A job that was changed and may start soon, in this queue: now, or else so soon that a promoter must know."""
+
+    id: int
+    queue: str
+    is_available: bool
+    is_due_soon: bool
+
+
+# --- who holds the keys -----------------------------------------------------------------------------------------------
+
+# The waiting ones last: of two with the same key, which were enqueued under different rules, they count. One that was
+# cancelled while it ran, and waits again since, only waits to be removed.
+_HOLDERS = Statement(
+    "unique_holders",
+    """
+SELECT unique_key, id, false AS waits, false AS is_unwanted
+FROM background_jobs
+WHERE %(until_finished)s::boolean
+    AND unique_key = ANY(%(keys)s::text[])
+    AND unique_until_finished
+    AND state = 'running'
+UNION ALL
+SELECT unique_key, id, true, cancel_asked_at IS NOT NULL
+FROM background_jobs
+WHERE unique_key = ANY(%(keys)s::text[])
+    AND state IN ('scheduled', 'available')
+""",
+    keys="text[]",
+    until_finished="boolean",
+)
+
+_REMOVE_UNWANTED = """
+DELETE FROM background_jobs
+WHERE id = ANY(%(ids)s)
+    AND cancel_asked_at IS NOT NULL
+    AND state IN ('scheduled', 'available')
+"""
+
+
+def holders(cursor: Cursor, keys: Sequence[str], *, until_finished: bool) -> dict[str, Holder]:
+    """The jobs that hold these keys, running ones only where it is `until_finished`; none may be left that does."""
+    _HOLDERS.run(cursor, {"keys": list(keys), "until_finished": until_finished})
+    found = {key: (id, waits, is_unwanted) for key, id, waits, is_unwanted in cursor.fetchall()}
+    unwanted = sorted(id for id, _, is_unwanted in found.values() if is_unwanted)
+    if unwanted:
+        cursor.execute(_REMOVE_UNWANTED, {"ids": unwanted})
+    return {key: Holder(id, waits) for key, (id, waits, is_unwanted) in found.items() if not is_unwanted}
+
+
+# Not now(), which in a long transaction of the caller's may be before the window was opened.
+_WINDOWS = Statement(
+    "unique_windows",
+    """
+SELECT
+    held.unique_key,
+    held.job_id,
+    coalesce(job.state IN ('scheduled', 'available') AND job.cancel_asked_at IS NULL, false),
+    held.ends_at <= statement_timestamp() OR job.state IS NOT DISTINCT FROM 'failed'
+FROM background_unique_windows AS held
+LEFT JOIN background_jobs AS job ON job.id = held.job_id
+WHERE held.unique_key = ANY(%(keys)s::text[])
+""",
+    keys="text[]",
+)
+
+_END_WINDOWS = """
+DELETE FROM background_unique_windows
+WHERE unique_key = ANY(ARRAY(
+        SELECT held.unique_key
+        FROM unnest(%(keys)s::text[], %(ids)s::bigint[]) AS over (key, id)
+        JOIN background_unique_windows AS held ON held.unique_key = over.key AND held.job_id = over.id
+        ORDER BY held.unique_key
+        FOR UPDATE OF held
+    ))
+    AND job_id = ANY(%(ids)s::bigint[])
+"""
+
+
+def window_holders(cursor: Cursor, keys: Sequence[str]) -> dict[str, Holder]:
+    """The jobs whose windows hold these keys. Windows that hold them no longer are deleted."""
+    _WINDOWS.run(cursor, {"keys": list(keys)})
+    rows = cursor.fetchall()
+    over = [(key, id) for key, id, _, is_over in rows if is_over]
+    if over:
+        cursor.execute(_END_WINDOWS, {"keys": [key for key, _ in over], "ids": [id for _, id in over]})
+    return {key: Holder(id, waits) for key, id, waits, is_over in rows if not is_over}
+
+
+# --- what becomes of them ---------------------------------------------------------------------------------------------
+
+# Locked in one order, so that two who change the same jobs wait for each other, and never in a circle. Whoever had to
+# wait looks at the row anew: what was claimed by then waits no longer. One that lost its key holds none.
+_WAITING = """
+SELECT job.id, {columns}
+FROM {given}
+JOIN background_jobs AS job ON job.id = given.id
+WHERE job.state IN ('scheduled', 'available')
+    AND job.cancel_asked_at IS NULL
+    AND job.unique_key IS NOT DISTINCT FROM given.key
+ORDER BY job.id
+FOR UPDATE OF job
+"""
+
+_HELD = "unnest(%(ids)s::bigint[], %(keys)s::text[]) AS given (id, key)"
+
+_HELD_TYPES = {"ids": "bigint[]", "keys": "text[]"}
+
+_DUE = """
+    run_at = coalesce(%(run_at)s::timestamptz, now() + make_interval(secs => %(delay)s::float8)),
+    state = CASE
+        WHEN coalesce(%(run_at)s::timestamptz, now() + make_interval(secs => %(delay)s::float8)) > now()
+            THEN 'scheduled'
+        ELSE 'available'
+    END"""
+
+_DUE_TYPES = {"run_at": "timestamptz", "delay": "float8"}
+
+_CHANGED = """
+RETURNING
+    job.id,
+    job.queue,
+    job.state = 'available',
+    job.state = 'scheduled' AND job.run_at < now() + interval '2 seconds'
+"""
+
+_REPLACE = Statement(
+    "replace_unique",
+    f"""
+WITH waiting AS (
+    {
+        _WAITING.format(
+            columns="given.data",
+            given='''
+        ROWS FROM (
+            unnest(%(ids)s::bigint[]),
+            unnest(%(keys)s::text[]),
+            jsonb_array_elements(%(data)s::jsonb)
+        ) AS given (id, key, data)
+    ''',
+        )
+    }
+)
+UPDATE background_jobs AS job
+SET
+    data = waiting.data,
+    queue = %(queue)s::text,
+    priority = %(priority)s::smallint,
+    options = %(options)s::jsonb,
+    retries = 0,{_DUE}
+FROM waiting
+WHERE job.id = waiting.id
+{_CHANGED}""",
+    **_HELD_TYPES,
+    **_DUE_TYPES,
+    data="jsonb",
+    queue="text",
+    priority="smallint",
+    options="jsonb",
+)
+
+_EXTEND = Statement(
+    "extend_unique",
+    f"""
+WITH waiting AS (
+    {_WAITING.format(columns="given.key", given=_HELD)}
+)
+UPDATE background_jobs AS job
+SET{_DUE}
+FROM waiting
+WHERE job.id = waiting.id
+{_CHANGED}""",
+    **_HELD_TYPES,
+    **_DUE_TYPES,
+)
+
+
+def replace(
+    cursor: Cursor, waiting: Mapping[int, str | None], data: Sequence[str], parameters: Mapping[str, Any]
+) -> list[Changed]:
+    """Give these jobs, by id with the key on their rows, other data, and what else `parameters` has for new jobs.
+
+    Those that wait no longer are left alone. `data` are JSON objects in the order of the jobs.
+    """
+    document = "[" + ",".join(data) + "]"
+    _REPLACE.run(cursor, {**parameters, **_held(waiting), "data": document})
+    return [Changed._make(row) for row in cursor.fetchall()]
+
+
+def extend(cursor: Cursor, waiting: Mapping[int, str | None], parameters: Mapping[str, Any]) -> list[Changed]:
+    """Let these jobs run when new ones would; those that wait no longer are left alone."""
+    _EXTEND.run(cursor, {**_held(waiting), "run_at": parameters["run_at"], "delay": parameters["delay"]})
+    return [Changed._make(row) for row in cursor.fetchall()]
+
+
+_READ_WAITING = _WAITING.format(columns="job.data::text", given=_HELD)
+
+_WRITE_DATA = """
+UPDATE background_jobs AS job
+SET data = merged.data
+FROM ROWS FROM (unnest(%(ids)s::bigint[]), jsonb_array_elements(%(data)s::jsonb)) AS merged (id, data)
+WHERE job.id = merged.id
+"""
+
+
+def merge(cursor: Cursor, waiting: Mapping[int, str | None], merged: Callable[[int, str], str]) -> list[int]:
+    """Give these jobs the data that `merged` makes of their id and of what they have; returns whom.
+
+    Their rows are locked meanwhile, in the caller's transaction, or in one for this alone. Those that wait no longer
+    are left alone. What `merged` raises undoes it.
+    """
+    if cursor.connection.get_transaction_status() == extensions.TRANSACTION_STATUS_IDLE:
+        with atomic(cursor.connection):
+            return _merge(cursor, waiting, merged)
+    return _merge(cursor, waiting, merged)
+
+
+def _merge(cursor: Cursor, waiting: Mapping[int, str | None], merged: Callable[[int, str], str]) -> list[int]:
+    cursor.execute(_READ_WAITING, _held(waiting))
+    data = {id: merged(id, text) for id, text in cursor.fetchall()}
+    if data:
+        cursor.execute(_WRITE_DATA, {"ids": list(data), "data": "[" + ",".join(data.values()) + "]"})
+    return list(data)
+
+
+def _held(waiting: Mapping[int, str | None]) -> dict[str, Any]:
+    return {"ids": list(waiting), "keys": list(waiting.values())}
