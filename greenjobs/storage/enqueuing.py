@@ -31,8 +31,9 @@ _DEADLOCK_SECONDS = 0.2
 class NewJobs(NamedTuple):
     """Jobs of one type to enqueue together. `data` is a JSON object as text for each.
 
-    `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, or is None for none. `options` is
-    a JSON object as text: what all of them say otherwise than their job.
+    `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, or is None for none; so has
+    `exclusive_keys`. `options` is a JSON object as text: what all of them say otherwise than their job. They expire
+    `expires_seconds` after they are due, or at `expires_at` (aware), which wins.
     """
 
     job_type: str
@@ -43,6 +44,9 @@ class NewJobs(NamedTuple):
     run_at: datetime | None = None
     unique_keys: Sequence[str] | None = None
     options: str | None = None
+    expires_seconds: float | None = None
+    expires_at: datetime | None = None
+    exclusive_keys: Sequence[str] | None = None
 
 
 class Enqueued(NamedTuple):
@@ -56,7 +60,9 @@ class Enqueued(NamedTuple):
 # sooner than a promoter looks by itself; only then is there a second one, which notifies. NOTIFY takes a lock on the
 # whole database when it commits, so a busy system had better do without.
 _ENQUEUE = """
-INSERT INTO background_jobs ({id_column}job_type, data, queue, priority, run_at, state, options{key_column})
+INSERT INTO background_jobs (
+    {id_column}job_type, data, queue, priority, run_at, state, options{key_column}{bounds_columns}
+)
 SELECT
     {id}
     %(job_type)s,
@@ -70,6 +76,7 @@ SELECT
     END,
     %(options)s
     {key}
+    {bounds}
 FROM {given}
 ORDER BY {order}
 {on_conflict}
@@ -84,6 +91,8 @@ _PLAIN = {
     "id": "",
     "key_column": "",
     "key": "",
+    "bounds_columns": "",
+    "bounds": "",
     "given": "jsonb_array_elements(%(data)s) WITH ORDINALITY AS given (data, place)",
     "order": "given.place",
     "on_conflict": "",
@@ -96,6 +105,8 @@ _UNIQUE = {
     "id": "given.id,",
     "key_column": ", unique_key",
     "key": ", given.key",
+    "bounds_columns": "",
+    "bounds": "",
     "given": """(
     SELECT
         nextval((SELECT pg_get_serial_sequence('background_jobs', 'id')::regclass)) AS id,
@@ -108,6 +119,38 @@ _UNIQUE = {
     "on_conflict": """ON CONFLICT (unique_key)
     WHERE unique_key IS NOT NULL AND state IN ('scheduled', 'available')
     DO NOTHING""",
+}
+
+# What bounds a job in time: when it expires, and which others it excludes. Both in one form; most jobs have neither.
+_BOUNDS = {
+    "bounds_columns": ", expires_at, exclusive_key",
+    "bounds": """, coalesce(
+        %(expires_at)s,
+        coalesce(%(run_at)s, now() + make_interval(secs => %(delay)s)) + make_interval(secs => %(expires)s)
+    ),
+    given.exclusive_key""",
+}
+
+_BOUND_PLAIN = {
+    **_PLAIN,
+    **_BOUNDS,
+    "given": "ROWS FROM (jsonb_array_elements(%(data)s), unnest(%(exclusive_keys)s)) WITH ORDINALITY"
+    " AS given (data, exclusive_key, place)",
+}
+
+_BOUND_UNIQUE = {
+    **_UNIQUE,
+    **_BOUNDS,
+    "given": """(
+    SELECT
+        nextval((SELECT pg_get_serial_sequence('background_jobs', 'id')::regclass)) AS id,
+        listed.data,
+        listed.key,
+        listed.exclusive_key
+    FROM ROWS FROM (jsonb_array_elements(%(data)s), unnest(%(keys)s), unnest(%(exclusive_keys)s)) WITH ORDINALITY
+        AS listed (data, key, exclusive_key, place)
+    ORDER BY listed.place
+) AS given""",
 }
 
 _SOMEBODY_WAITS = {
@@ -150,11 +193,19 @@ def _enqueue_statement(name: str, jobs: Mapping[str, str], notify: Mapping[str, 
     return Statement(name, text, **_ENQUEUE_TYPES, **types)
 
 
+_KEY = {"keys": "text[]"}
+_BOUND = {"expires": "float8", "expires_at": "timestamptz", "exclusive_keys": "text[]"}
+
+# By whether the jobs are unique, are bound, and whether it is done in a transaction of the caller's.
 _ENQUEUE_STATEMENTS = {
-    (False, False): _enqueue_statement("enqueue", _PLAIN, _SOMEBODY_WAITS),
-    (True, False): _enqueue_statement("enqueue_unique", _UNIQUE, _SOMEBODY_WAITS, keys="text[]"),
-    (False, True): _enqueue_statement("enqueue_inside", _PLAIN, _NOTIFY_ALWAYS),
-    (True, True): _enqueue_statement("enqueue_unique_inside", _UNIQUE, _NOTIFY_ALWAYS, keys="text[]"),
+    (False, False, False): _enqueue_statement("enqueue", _PLAIN, _SOMEBODY_WAITS),
+    (True, False, False): _enqueue_statement("enqueue_unique", _UNIQUE, _SOMEBODY_WAITS, **_KEY),
+    (False, True, False): _enqueue_statement("enqueue_bound", _BOUND_PLAIN, _SOMEBODY_WAITS, **_BOUND),
+    (True, True, False): _enqueue_statement("enqueue_both", _BOUND_UNIQUE, _SOMEBODY_WAITS, **_KEY, **_BOUND),
+    (False, False, True): _enqueue_statement("enqueue_inside", _PLAIN, _NOTIFY_ALWAYS),
+    (True, False, True): _enqueue_statement("enqueue_unique_inside", _UNIQUE, _NOTIFY_ALWAYS, **_KEY),
+    (False, True, True): _enqueue_statement("enqueue_bound_inside", _BOUND_PLAIN, _NOTIFY_ALWAYS, **_BOUND),
+    (True, True, True): _enqueue_statement("enqueue_both_inside", _BOUND_UNIQUE, _NOTIFY_ALWAYS, **_KEY, **_BOUND),
 }
 
 # What most calls of a web application are: one job, at once. It costs the server half of what the general form does.
@@ -209,6 +260,16 @@ SELECT unique_key, id
 FROM background_jobs
 WHERE unique_key = ANY(%(keys)s)
     AND state IN ('scheduled', 'available')
+    AND (expires_at IS NULL OR expires_at > clock_timestamp())
+"""
+
+# Such a job is not going to run, so another of its key is no duplicate.
+_DROP_KEYS_OF_EXPIRED = """
+UPDATE background_jobs
+SET unique_key = NULL
+WHERE unique_key = ANY(%(keys)s)
+    AND state IN ('scheduled', 'available')
+    AND expires_at <= clock_timestamp()
 """
 
 # A promoter looks at least this often. Jobs due within twice that time of being enqueued notify it.
@@ -247,7 +308,8 @@ def enqueue_inside(connection: Connection, batches: Sequence[NewJobs]) -> list[E
 
 
 def _enqueue(connection: Connection, jobs: NewJobs, *, in_transaction: bool) -> list[Enqueued]:
-    statement = _ENQUEUE_STATEMENTS[jobs.unique_keys is not None, in_transaction]
+    is_bound = jobs.exclusive_keys is not None or jobs.expires_seconds is not None or jobs.expires_at is not None
+    statement = _ENQUEUE_STATEMENTS[jobs.unique_keys is not None, is_bound, in_transaction]
     parameters: dict[str, Any] = {
         "job_type": jobs.job_type,
         "queue": jobs.queue,
@@ -255,12 +317,15 @@ def _enqueue(connection: Connection, jobs: NewJobs, *, in_transaction: bool) -> 
         "options": jobs.options,
     }
     cursor = connection.cursor(cursor_factory=TupleCursor)
-    is_one = len(jobs.data) == 1 and jobs.unique_keys is None and not in_transaction
+    is_one = len(jobs.data) == 1 and jobs.unique_keys is None and not (in_transaction or is_bound)
     if is_one and jobs.run_at is None and not jobs.delay_seconds:
         parameters["data"] = jobs.data[0]
         _ENQUEUE_ONE.run(cursor, parameters)
     else:
         parameters["run_at"], parameters["delay"] = jobs.run_at, jobs.delay_seconds
+        if is_bound:
+            parameters["expires"], parameters["expires_at"] = jobs.expires_seconds, jobs.expires_at
+            parameters["exclusive_keys"] = list(jobs.exclusive_keys or ()) or [None] * len(jobs.data)
         if jobs.unique_keys is not None:
             return _enqueue_unique(cursor, statement, parameters, jobs, jobs.unique_keys, in_transaction)
         parameters["data"] = _json_array(jobs.data)
@@ -283,8 +348,10 @@ def _enqueue_unique(
     pending: dict[str, str] = {}
     for key, data in zip(keys, jobs.data, strict=True):
         pending.setdefault(key, data)  # of equal keys the first one counts
+    exclusive_keys = dict(zip(reversed(keys), reversed(parameters.get("exclusive_keys", ())), strict=False))
     found: dict[str, Enqueued] = {}
     while pending:
+        parameters["exclusive_keys"] = [exclusive_keys.get(key) for key in pending]
         statement.run(cursor, {**parameters, "data": _json_array(pending.values()), "keys": list(pending)})
         rows = cursor.fetchall()
         for id, _, key in rows:
@@ -299,6 +366,8 @@ def _enqueue_unique(
             for key, id in cursor.fetchall():
                 found[key] = Enqueued(id, True)
                 del pending[key]
+        if pending:
+            cursor.execute(_DROP_KEYS_OF_EXPIRED, {"keys": list(pending)})
     enqueued = []
     for key in keys:
         enqueued.append(found[key])
@@ -319,3 +388,9 @@ def unique_key(job_type: str, data: str) -> str:
     """The key under which jobs of the same type and data are one: a digest of both, blind to the order of keys."""
     canonical = orjson.dumps(orjson.loads(data), option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(job_type.encode() + b"\0" + canonical, digest_size=16).hexdigest()
+
+
+def exclusive_key(job_type: str, key: str) -> str:
+    """The key that jobs of this type have in common that exclude one another under `key`, whatever text that is."""
+    text = f"{job_type}\0{key}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
