@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 # How many waiting jobs a claim looks at, in their order, to find keys: so many for each that it may take, and so many
 # more for those whose key is taken. Behind a customer with ten thousand jobs in a row they may find no other; then so
-# many keys are looked at, wherever their jobs stand, beginning anywhere.
+# many keys are looked at, wherever their jobs stand: the first of all, and as many from a place that chance chooses.
 _WINDOW_FOR_EACH = 2
 _WINDOW_AT_LEAST = 200
-_SAMPLED_KEYS = 100
+_SAMPLED_KEYS = 50
 
 _KEYS_IN_ORDER = f"""
     waiting AS (
@@ -38,16 +38,18 @@ _KEYS_IN_ORDER = f"""
         LIMIT %(window)s
     ),
     sampled AS (
-        (
-            SELECT exclusive_key, 1 AS count
+        SELECT begun.exclusive_key, 1 AS count
+        FROM unnest(ARRAY['', %(sampled_from)s::text]) AS start (key)
+        CROSS JOIN LATERAL (
+            SELECT exclusive_key
             FROM background_jobs
             WHERE queue = %(queue)s
                 AND state = 'available'
-                AND exclusive_key >= %(sampled_from)s
-                AND (SELECT count(*) FROM waiting) = %(window)s
+                AND exclusive_key >= start.key
             ORDER BY exclusive_key
             LIMIT 1
-        )
+        ) AS begun
+        WHERE (SELECT count(*) FROM waiting) = %(window)s
         UNION ALL
         SELECT following.exclusive_key, sampled.count + 1
         FROM sampled
@@ -85,7 +87,7 @@ heads AS (
     SELECT head.id, head.rank
     FROM line
     CROSS JOIN LATERAL (
-        SELECT id, (-priority) AS rank, crashes
+        SELECT id, (-priority) AS rank
         FROM background_jobs
         WHERE queue = %(queue)s
             AND state = 'available'
@@ -95,8 +97,7 @@ heads AS (
         ORDER BY (-priority), id
         LIMIT 1
     ) AS head
-    WHERE head.crashes = 0
-        AND (head.rank, head.id) < (%(before_rank)s, %(before_id)s)
+    WHERE (head.rank, head.id) < (%(before_rank)s, %(before_id)s)
         AND NOT EXISTS (
             SELECT
             FROM background_jobs AS rival
