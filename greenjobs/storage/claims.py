@@ -91,13 +91,13 @@ _INNOCENT = """crashes = 0
 
 # Those with an exclusive key are in line with the others of it, see exclusive.py.
 _SUSPECT = """crashes > 0
-        AND NOT EXISTS (
-            SELECT
+        AND (
+            SELECT rival.id
             FROM background_jobs AS rival
             WHERE rival.exclusive_key = background_jobs.exclusive_key
                 AND rival.exclusive_key IS NOT NULL
                 AND rival.state = 'running'
-        )"""
+        ) IS NULL"""
 
 _CLAIM_FROM_TOP = Statement("claim_from_top", _CLAIM.format(which=_INNOCENT, behind=""), **_CLAIM_TYPES)
 _CLAIM_SUSPECT = Statement("claim_suspect", _CLAIM.format(which=_SUSPECT, behind=""), **_CLAIM_TYPES)
