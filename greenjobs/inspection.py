@@ -384,7 +384,7 @@ SELECT
     (
         SELECT rival.id
         FROM background_jobs AS rival
-        WHERE rival.state = 'running'
+        WHERE rival.claimed_by IS NOT NULL
             AND rival.exclusive_key = job.exclusive_key
             AND rival.exclusive_key IS NOT NULL
             AND job.state = 'available'

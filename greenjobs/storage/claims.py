@@ -96,7 +96,7 @@ _SUSPECT = """crashes > 0
             FROM background_jobs AS rival
             WHERE rival.exclusive_key = background_jobs.exclusive_key
                 AND rival.exclusive_key IS NOT NULL
-                AND rival.state = 'running'
+                AND rival.claimed_by IS NOT NULL
         ) IS NULL"""
 
 _CLAIM_FROM_TOP = Statement("claim_from_top", _CLAIM.format(which=_INNOCENT, behind=""), **_CLAIM_TYPES)

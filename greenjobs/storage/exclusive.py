@@ -29,11 +29,11 @@ _SAMPLED_KEYS = 50
 _SPARE_KEYS = 10
 
 # A subquery in place of NOT EXISTS: the planner always looks for the one key in the index of those that run, and never
-# reads all of them.
+# reads all of them; see the migration for the condition.
 _IS_FREE = """(
     SELECT rival.id
     FROM background_jobs AS rival
-    WHERE rival.state = 'running'
+    WHERE rival.claimed_by IS NOT NULL
         AND rival.exclusive_key = {key}
         AND rival.exclusive_key IS NOT NULL
 ) IS NULL"""
