@@ -69,7 +69,8 @@ class Group(Generic[Item]):
 
 
 class Acknowledger:
-    """Writes outcomes for all workers of a runner: done, failed, put off, or unfinished, which counts nothing.
+    """Writes outcomes for all workers of a runner: done, failed, put off; or interrupted, or unfinished, which has not
+    even started, both of which count nothing.
 
     `on_settled` is called with the ids of jobs whose outcome the database has, or has refused.
     """
@@ -80,12 +81,13 @@ class Acknowledger:
         self.done: Group[Fence] = Group(self._write_done, spawn)
         self.failed: Group[Failure] = Group(self._write_failed, spawn)
         self.unfinished: Group[Fence] = Group(self._write_unfinished, spawn)
+        self.interrupted: Group[Fence] = Group(self._write_interrupted, spawn)
         self.snoozed: Group[Snoozed] = Group(self._write_snoozed, spawn)
-        self._groups = (self.done, self.failed, self.unfinished, self.snoozed)
+        self._groups = (self.done, self.failed, self.unfinished, self.interrupted, self.snoozed)
 
     def pending_ids(self) -> set[int]:
         """The jobs that are finished, which the database does not know yet."""
-        fences = self.done.pending + self.unfinished.pending
+        fences = self.done.pending + self.unfinished.pending + self.interrupted.pending
         fences += [failure.fence for failure in self.failed.pending]
         fences += [snoozed.fence for snoozed in self.snoozed.pending]
         return {fence.id for fence in fences}
@@ -115,6 +117,10 @@ class Acknowledger:
     def _write_unfinished(self, unfinished: Sequence[Fence]) -> None:
         self._service.call(storage.give_back, self._service.runner_ids, unfinished)
         self._on_settled({fence.id for fence in unfinished})
+
+    def _write_interrupted(self, interrupted: Sequence[Fence]) -> None:
+        self._service.call(storage.give_back, self._service.runner_ids, interrupted, has_started=True)
+        self._on_settled({fence.id for fence in interrupted})
 
     def _write_snoozed(self, snoozed: Sequence[Snoozed]) -> None:
         service = self._service

@@ -240,6 +240,7 @@ def _description(job: StoredJob) -> str:
     times = [
         ("created at", job.created_at),
         ("to run at", job.run_at),
+        ("expires at", job.expires_at),
         ("last tried at", job.last_retry),
         ("told to end at", job.cancel_asked_at),
     ]
@@ -252,6 +253,7 @@ def _description(job: StoredJob) -> str:
         ("failures", str(job.retries)),
         ("crashes", str(job.crashes)),
         *([("unique key", _on_one_line(job.unique_key))] if job.unique_key is not None else []),
+        *([("waits for", f"job {job.waits_for}, with the same overlap key")] if job.waits_for is not None else []),
         *([("options", _visible(json.dumps(job.options)))] if job.options else []),
         ("arguments", _visible(json.dumps(job.data, ensure_ascii=False))),
     ]

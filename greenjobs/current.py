@@ -145,6 +145,13 @@ class CurrentJob:
         return attempt.row.retries >= attempt.max_retries
 
     @property
+    def tick_at(self) -> datetime | None:
+        """The tick of the schedule that enqueued it; None if no schedule did."""
+        options = _running().row.options
+        tick = None if options is None else json.loads(options).get("tick_at")
+        return None if tick is None else datetime.fromisoformat(tick)
+
+    @property
     def context(self) -> Any:
         """What the runner was given as `context`."""
         return _running().place.context

@@ -106,5 +106,9 @@ class JobCancelled(JobControl):
     """Raised in a running job that somebody cancelled; it does not run again, whatever the job does about it."""
 
 
+class JobExpired(JobControl):
+    """Never raised in a job: the `error` of the event that tells of a job that had not started when it expired."""
+
+
 class UnknownSchedule(GreenjobsError):
     """A name that no schedule in the database has."""

@@ -13,8 +13,9 @@ from typing import Literal
 
 logger = logging.getLogger(__name__)
 
-Outcome = Literal["done", "retried", "failed", "discarded", "snoozed", "interrupted", "cancelled"]
-"""retried: this attempt failed, there will be another. failed: it was the last. interrupted: given back, runs again."""
+Outcome = Literal["done", "retried", "failed", "discarded", "snoozed", "interrupted", "cancelled", "expired"]
+"""retried: this attempt failed, there will be another. failed: it was the last. interrupted: given back, runs again.
+expired: it never ran."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ import gevent
 
 from greenjobs import events
 from greenjobs.current import Attempt, Place, enter_attempt
-from greenjobs.errors import JobCancelled, JobControl, JobHardTimeout, JobTimeout
+from greenjobs.errors import JobCancelled, JobControl, JobExpired, JobHardTimeout, JobTimeout
 from greenjobs.job import Job
 from greenjobs.policy import Verdict, judge
 from greenjobs.storage import ClaimedJob, Failure, Fence, Snoozed, claim_order
@@ -69,7 +69,7 @@ class Executor:
         self._runner_name = runner_name
         self._done = acknowledger.done.add
         self._failed = acknowledger.failed.add
-        self._unfinished = acknowledger.unfinished.add
+        self._interrupted = acknowledger.interrupted.add
         self._snoozed = acknowledger.snoozed.add
         self._on_room = on_room
         self._ready: deque[ClaimedJob] = deque()
@@ -210,6 +210,8 @@ class Executor:
         timeouts = attempt.timeouts()
         timers = self._start_timers(attempt, *timeouts) if timeouts is not None else ()
         try:
+            if row.start_by is not None and time.monotonic() >= row.start_by:
+                raise JobExpired("it had not started when it expired")
             args, kwargs = job.codec.decode(row.data)
             job.function(*args, **kwargs)
             if isinstance(attempt.interrupted_by, (JobCancelled, JobHardTimeout)):
@@ -248,11 +250,12 @@ class Executor:
         elif verdict.outcome == "snoozed":
             self._snoozed(Snoozed(fence, verdict.retry_in or 0.0))
         elif verdict.outcome == "interrupted":
-            self._unfinished(fence)
-        else:  # discarded or cancelled: the row has no further use, as that of a job that is done
+            self._interrupted(fence)
+        else:  # discarded, expired or cancelled: the row has no further use, as that of a job that is done
             self._done(fence)
         policy = attempt.job.policy
-        hook = {"failed": policy.on_failure, "discarded": policy.on_discard}.get(verdict.outcome)
+        hooks = {"failed": policy.on_failure, "discarded": policy.on_discard, "expired": policy.on_discard}
+        hook = hooks.get(verdict.outcome)
         if events.handlers or hook is not None:
             self._publish(attempt, verdict, error, *([hook] if hook is not None else []))
 
@@ -293,6 +296,12 @@ def _log(attempt: Attempt, verdict: Verdict, error: BaseException) -> None:
         )
     elif verdict.outcome == "interrupted":
         logger.warning("job %s (%s) was interrupted and is given back", row.id, row.job_type, extra=keys)
+    elif verdict.outcome == "expired":
+        logger.info(
+            "job %s (%s) expired before it started, %.1f s after it was due",
+            *(row.id, row.job_type, row.waited),
+            extra=keys,
+        )
     else:
         logger.info("job %s (%s) was %s: %s", row.id, row.job_type, verdict.outcome, error, extra=keys)
 

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller's connection makes by itself
+
 from greenjobs.statement import Statement
 
 if TYPE_CHECKING:
@@ -14,10 +16,12 @@ if TYPE_CHECKING:
 
 
 class Work(NamedTuple):
-    """What waits in a queue: jobs to claim together, and jobs to claim one at a time because their runner died."""
+    """What waits in a queue: jobs to claim together, jobs to claim one at a time because their runner died, and jobs
+    of which some exclude others."""
 
     has_innocents: bool
     has_suspects: bool
+    has_exclusive: bool
 
 
 _LOOK = Statement(
@@ -31,6 +35,7 @@ SELECT
         WHERE job.queue = asked.queue
             AND job.state = 'available'
             AND job.crashes = 0
+            AND job.exclusive_key IS NULL
             AND job.job_type = ANY(%(job_types)s)
     ),
     EXISTS (
@@ -39,6 +44,15 @@ SELECT
         WHERE job.queue = asked.queue
             AND job.state = 'available'
             AND job.crashes > 0
+            AND job.job_type = ANY(%(job_types)s)
+    ),
+    EXISTS (
+        SELECT
+        FROM background_jobs AS job
+        WHERE job.queue = asked.queue
+            AND job.state = 'available'
+            AND job.crashes = 0
+            AND job.exclusive_key IS NOT NULL
             AND job.job_type = ANY(%(job_types)s)
     )
 FROM unnest(%(queues)s::text[]) AS asked (queue)
@@ -52,7 +66,7 @@ def look(connection: Connection, *, queues: Sequence[str], job_types: Sequence[s
     """Which of these queues have available jobs of these types."""
     with connection.cursor() as cursor:
         _LOOK.run(cursor, {"queues": list(queues), "job_types": list(job_types)})
-        return {queue: Work(innocents, suspects) for queue, innocents, suspects in cursor.fetchall()}
+        return {queue: Work(*what) for queue, *what in cursor.fetchall()}
 
 
 _NEXT_DUE = Statement(
@@ -300,9 +314,10 @@ class StoredJob:
 
     `attempt` counts how often it was claimed, `retries` how often it failed since it was enqueued or retried by hand,
     `crashes` how often its runner died. `age_seconds` is counted from when it failed, if it is failed, else from when
-    it was enqueued. `runner` is host:pid of the runner that holds it. `options` is what its call said otherwise than
-    the job. `errors` are those of the last attempts, the newest last, each with at least at, attempt, error (its
-    class), message and runner.
+    it was enqueued. `runner` is host:pid of the runner that holds it. `expires_at` is None for a job that does not
+    expire, or not any more. `waits_for` is the running job that has the same `exclusive_key`. `options` is what its
+    call said otherwise than the job. `errors` are those of the last attempts, the newest last, each with at least at,
+    attempt, error (its class), message and runner.
     """
 
     id: int
@@ -322,6 +337,9 @@ class StoredJob:
     runner: str | None
     cancel_asked_at: datetime | None
     unique_key: str | None
+    expires_at: datetime | None
+    exclusive_key: str | None
+    waits_for: int | None
     options: Mapping[str, Any] | None
     errors: Sequence[Mapping[str, Any]]
 
@@ -368,6 +386,16 @@ SELECT
     runner.hostname || ':' || runner.pid,
     job.cancel_asked_at,
     job.unique_key,
+    job.expires_at,
+    job.exclusive_key,
+    (
+        SELECT rival.id
+        FROM background_jobs AS rival
+        WHERE rival.claimed_by IS NOT NULL
+            AND rival.exclusive_key = job.exclusive_key
+            AND rival.exclusive_key IS NOT NULL
+            AND job.state = 'available'
+    ),
     job.options,
     coalesce(job.errors, '[]')
 FROM background_jobs AS job
@@ -622,9 +650,9 @@ def is_unfinished(connection: Connection, id: int) -> bool:
 
 
 def now(connection: Connection) -> datetime:
-    """What time it is, by the clock that decides it."""
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT now()")
+    """What time it is, by the clock that decides it; also on a connection of the caller's, in its transaction."""
+    with connection.cursor(cursor_factory=TupleCursor) as cursor:
+        cursor.execute("SELECT clock_timestamp()")
         (instant,) = cursor.fetchone() or (None,)
         assert isinstance(instant, datetime)
         return instant

@@ -9,11 +9,11 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
-from greenjobs import config, policy
+from greenjobs import config, expiry, policy
 from greenjobs.cron import Timetable
 from greenjobs.current import database_rooms, lender
 from greenjobs.errors import (
@@ -26,6 +26,7 @@ from greenjobs.errors import (
 )
 from greenjobs.events import Handler
 from greenjobs.handle import JobHandle
+from greenjobs.overlap import declared as declared_exclusion
 from greenjobs.payload import Codec
 from greenjobs.retry import Backoff
 from greenjobs.uniqueness import MakeKey, Merge, OnConflict, Uniqueness, UniqueSettings, Until
@@ -60,7 +61,9 @@ class _Options:
     priority: int | None = None
     delay_seconds: float = 0.0
     run_at: datetime | None = None
-    overrides: tuple[tuple[str, float], ...] = ()
+    expires_seconds: float | None = None
+    expires_at: datetime | None = None
+    overrides: tuple[tuple[str, float | str], ...] = ()
     connection: Any = None
     uniqueness: Uniqueness | None = None  # resolved: that of the job, unless the call says otherwise
 
@@ -86,6 +89,8 @@ class Job(Generic[P, R]):
         timezone: str | None = None,
         catch_up: str | None = None,
         overlap: bool | None = None,
+        overlap_key: str | Callable[..., str | int] | None = None,
+        expires: float | timedelta | None = None,
         **attempts: Any,
     ) -> None:
         if not callable(function):
@@ -101,10 +106,16 @@ class Job(Generic[P, R]):
         self._check()
         self.aliases = _checked_aliases(aliases, self.name)
         self.policy = policy.declared(self.name, **attempts)
+        self.expires_seconds = (
+            None if expires is None else expiry.checked_seconds(self.name, expires, JobDefinitionError)
+        )
         self.codec = Codec(function, job_name=self.name)
+        self.exclusion = declared_exclusion(overlap, overlap_key, function, self.codec, job_name=self.name)
         self._unique_settings = UniqueSettings(unique, unique_key, until, on_conflict, merge)
         self.uniqueness = self._unique_settings.rule(self.name, self.codec)
-        self.timetables = self._read_timetables(cron, timezone=timezone, catch_up=catch_up, overlap=overlap)
+        self.timetables = self._read_timetables(
+            cron, overlap=self.exclusion is None, timezone=timezone, catch_up=catch_up
+        )
         self._plain_call: Call[P] = Call(self, _Options(uniqueness=self.uniqueness))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -145,6 +156,7 @@ class Job(Generic[P, R]):
         priority: int | None = None,
         delay: float | timedelta | None = None,
         run_at: datetime | None = None,
+        expires: float | timedelta | datetime | None = None,
         max_retries: int | None = None,
         timeout: float | timedelta | None = None,
         hard_timeout: float | timedelta | None = None,
@@ -156,9 +168,10 @@ class Job(Generic[P, R]):
     ) -> Call[P]:
         """Options for one call: `job.options(priority=10, delay=60).delay(…)`.
 
-        `delay` is in seconds; `run_at` is an aware datetime; `max_retries`, the timeouts, and what makes it unique are
-        as for @job. With `connection`, a psycopg2 connection or cursor, the job is inserted in its transaction: there
-        when that commits, gone when it rolls back. Raises OptionError.
+        `delay` is in seconds; `run_at` is an aware datetime; `expires` is in seconds from when the job is due, or an
+        aware datetime; `max_retries`, the timeouts, and what makes it unique are as for @job. With `connection`, a
+        psycopg2 connection or cursor, the job is inserted in its transaction: there when that commits, gone when it
+        rolls back. Raises OptionError.
         """
         if delay is not None and run_at is not None:
             raise OptionError(f"{self.name}: give delay or run_at, not both")
@@ -175,6 +188,8 @@ class Job(Generic[P, R]):
         unique_settings = UniqueSettings(unique, unique_key, until, on_conflict)
         if unique_settings != _UNSAID:
             uniqueness = self._unique_settings.overridden(unique_settings).rule(self.name, self.codec, OptionError)
+        aware_run_at = None if run_at is None else _aware(run_at, self.name)
+        expires_seconds, expires_at = expiry.of_call(self.name, expires, aware_run_at)
         overrides = {"max_retries": checked_retries, "timeout": soft, "hard_timeout": hard}
         return Call(
             self,
@@ -183,7 +198,9 @@ class Job(Generic[P, R]):
                 queue=queue,
                 priority=priority,
                 delay_seconds=0.0 if delay is None else _seconds(delay, self.name),
-                run_at=None if run_at is None else _aware(run_at, self.name),
+                run_at=aware_run_at,
+                expires_seconds=expires_seconds,
+                expires_at=expires_at,
                 connection=connection,
                 uniqueness=uniqueness,
             ),
@@ -203,7 +220,9 @@ class Job(Generic[P, R]):
         except ConfigError as error:
             raise JobDefinitionError(f"{self.name}: {error}") from None
 
-    def _read_timetables(self, cron: str | Iterable[str] | None, **options: Any) -> tuple[Timetable, ...]:
+    def _read_timetables(
+        self, cron: str | Iterable[str] | None, *, overlap: bool, **options: Any
+    ) -> tuple[Timetable, ...]:
         given = {name: value for name, value in options.items() if value is not None}
         if cron is None:
             if given:
@@ -213,7 +232,7 @@ class Job(Generic[P, R]):
         if not expressions:
             raise JobDefinitionError(f"{self.name}: cron is {cron!r}; allowed: an expression, or a list of them")
         try:
-            timetables = tuple(Timetable(expression, **given) for expression in expressions)
+            timetables = tuple(Timetable(expression, overlap=overlap, **given) for expression in expressions)
         except ValueError as error:
             raise JobDefinitionError(f"{self.name}: {error}") from None
         try:
@@ -255,9 +274,10 @@ class Call(Generic[P]):
                 raise TypeError(f"call {place} of {self._job.name}: {error}") from error
         return self._enqueue(settings, encoded) if encoded else []
 
-    def enqueue_data(self, data: str) -> JobHandle:
-        """Enqueue a call whose arguments are JSON already, as a schedule keeps them."""
-        return self._enqueue(config.current(), [data])[0]
+    def enqueue_data(self, data: str, *, tick_at: datetime) -> JobHandle:
+        """Enqueue a call whose arguments are JSON already, as a schedule keeps them, for this tick of it."""
+        overrides = (*self._options.overrides, ("tick_at", tick_at.isoformat()))
+        return Call(self._job, replace(self._options, overrides=overrides))._enqueue(config.current(), [data])[0]
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
         pool, storage = database_rooms()
@@ -294,6 +314,13 @@ class Call(Generic[P]):
             run_at=options.run_at,
             options=json.dumps(dict(options.overrides)) if options.overrides else None,
         )
+        if job.exclusion is not None:
+            key_of = job.exclusion.key_of
+            new = new._replace(exclusive_key_of=lambda data: storage.exclusive_key(job.name, key_of(data)))
+        if options.expires_at is not None:
+            new = new._replace(expires_at=options.expires_at)
+        elif options.expires_seconds is not None or job.expires_seconds is not None:
+            new = new._replace(expires_seconds=options.expires_seconds or job.expires_seconds)
         return new if options.uniqueness is None else _with_keys(storage, new, options.uniqueness)
 
 
@@ -333,6 +360,8 @@ def job(
     timezone: str | None = None,
     catch_up: str | None = None,
     overlap: bool | None = None,
+    overlap_key: str | Callable[..., str | int] | None = None,
+    expires: float | timedelta | None = None,
     backoff: Backoff | Sequence[float] | float | None = None,
     retry_on: policy.ErrorTypes | None = None,
     discard_on: policy.ErrorTypes = (),
@@ -364,6 +393,10 @@ def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     `cron` enqueues it by the clock, without arguments: an expression such as "*/5 * * * *", or a list of them, in
     `timezone` (default: UTC). `catch_up` ("none", "last" or "all"; default: "last") is for ticks that came while no
     runner was there; with overlap=False a tick is left out while the job of the one before waits or runs.
+
+    With overlap=False one job of the type at most runs at any time over all runners, or one of each `overlap_key`: a
+    format string over the parameters, or a function of the arguments. A job that has not begun `expires` seconds after
+    it was due is discarded.
     """
     if function is None:
         return lambda decorated: _register(Job(decorated, **settings))

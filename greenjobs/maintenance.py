@@ -122,9 +122,11 @@ class Maintenance:
         for queue, work in found.items():
             if work.has_innocents:
                 fellow.workers[queue].wake()
+            if work.has_exclusive:
+                fellow.workers[queue].show_exclusive()
             if work.has_suspects:
                 fellow.claim_suspect(queue)
-        return any(work.has_innocents or work.has_suspects for work in found.values())
+        return any(map(any, found.values()))
 
     def _look_for_ever(self) -> None:
         looked_at = dict.fromkeys(self._fellow.workers, time.monotonic())
@@ -173,6 +175,9 @@ class Maintenance:
             )
         queues = sorted({job.queue for job in rescued if not job.has_failed})
         self._wake(queues)
+        keys = {job.exclusive_key for job in rescued if job.exclusive_key is not None}
+        if keys:
+            self._service.call(storage.wake_next, sorted(keys), queues=[])
         own = [queue for queue in queues if queue in self._fellow.workers]
         if own:
             self.look(own)

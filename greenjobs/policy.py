@@ -14,6 +14,7 @@ from greenjobs.control import Discard, Retry, Snooze
 from greenjobs.errors import (
     JobCancelled,
     JobDefinitionError,
+    JobExpired,
     JobHardTimeout,
     JobInterrupted,
     JobTimeout,
@@ -105,6 +106,8 @@ def judge(policy: Policy, error: BaseException, *, failures: int, max_retries: i
         return Verdict("interrupted")
     if isinstance(error, JobCancelled):
         return Verdict("cancelled")
+    if isinstance(error, JobExpired):
+        return Verdict("expired")
     if isinstance(error, Snooze):
         return Verdict("snoozed", error.after)
     if isinstance(error, (Discard, *policy.discard_on)):

@@ -40,9 +40,6 @@ _KEEPALIVES = {
     "tcp_user_timeout": "20000",
 }
 
-# A connection that was in use so short a time ago is lent again without a look at its socket.
-_FRESH_SECONDS = 0.005
-
 # Settings that an older server does not know are left out.
 _SET = """
 SELECT set_config(name, given.value, false)
@@ -109,8 +106,7 @@ class ConnectionPool:
             # forgotten. The lock may have been held by a thread that does not exist here.
             self._lock = threading.Lock()
             self._reset()
-        now = time.monotonic()
-        deadline = now + self.wait_seconds
+        deadline = time.monotonic() + self.wait_seconds
         while True:
             turn: threading.Event | None = None
             connection: PlanningConnection | None = None
@@ -126,7 +122,7 @@ class ConnectionPool:
             if turn is not None:
                 self._wait_for(turn, deadline)
                 continue
-            if connection is not None and now - connection.used_at > _FRESH_SECONDS and not _is_usable(connection):
+            if connection is not None and not _is_usable(connection):
                 connection.close()
                 connection = None
             if connection is None:
@@ -175,7 +171,6 @@ class ConnectionPool:
         if generation is None:
             return  # borrowed before a fork, given back in the child: the parent's
         if generation == self._generation and _is_clean(connection):
-            connection.used_at = time.monotonic()
             with self._lock:
                 self._idle.append(connection)
                 self._wake_next()

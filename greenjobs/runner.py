@@ -30,6 +30,7 @@ from greenjobs.listener import Listener
 from greenjobs.maintenance import Maintenance
 from greenjobs.scheduler import Scheduler
 from greenjobs.service import Service
+from greenjobs.turns import Turns
 from greenjobs.version import __version__
 from greenjobs.worker import Worker
 
@@ -156,6 +157,7 @@ class RunnerHandle:
         self._service = Service(runner.database_url, on_standby=self._leave_standby)
         self._acknowledger = Acknowledger(self._service, on_settled=self._settled, spawn=self._spawn)
         self._maintenance = Maintenance(self, self._service, spawn=self._spawn)
+        self._turns = Turns(self, self._service)
         self._scheduler = Scheduler(jobs, runner.settings.schedules, self._service)
         self._database_url = runner.database_url
         self.session = "lock"
@@ -349,7 +351,9 @@ class RunnerHandle:
         if not self._wait(outcomes_written, _ANSWER_SECONDS, until_urgency=3) and self._acknowledger.pending_ids():
             pending = len(self._acknowledger.pending_ids())
             logger.error("the database does not answer: the outcomes of %s jobs are lost, they will run again", pending)
-        gevent.killall([claims_answered, jobs_end, outcomes_written])
+        turns_passed = gevent.spawn(self._turns.wait)
+        self._wait(turns_passed, _ANSWER_SECONDS, until_urgency=3)
+        gevent.killall([claims_answered, jobs_end, outcomes_written, turns_passed])
         # Whatever could still claim has to end before the last look at what is held.
         self._end_greenlets()
         self._leave()
@@ -363,6 +367,7 @@ class RunnerHandle:
             worker.end()
         self._maintenance.stop()
         self._acknowledger.stop()
+        self._turns.stop()
 
     def _spawn(self, loop: Callable[[], None]) -> gevent.Greenlet[..., None]:
         greenlet = gevent.spawn(loop)
@@ -404,9 +409,11 @@ class RunnerHandle:
         if self._listener is not None:
             self._listener.stop()
         self._acknowledger.stop()
+        self._turns.stop()
         self._service.close()
 
     def _settled(self, jobs: set[int]) -> None:
         if self._suspect in jobs:
             self._suspect = None
             gevent.spawn(self._maintenance.look, list(self.workers))
+        self._turns.settled(jobs)

@@ -24,7 +24,7 @@ import gevent
 
 from greenjobs import inspection, storage
 from greenjobs.cron import Timetable
-from greenjobs.errors import ConfigError, PayloadError, UniquenessError
+from greenjobs.errors import ConfigError, OptionError, PayloadError, UniquenessError
 from greenjobs.schedules import declared
 
 if TYPE_CHECKING:
@@ -152,7 +152,10 @@ class Scheduler:
                     logger.info("left out the tick of %r at %s: job %s has not finished", due.name, tick, last_job)
                     continue
                 call = job.options(queue=taken.queue, priority=taken.priority, run_at=tick, connection=connection)
-                last_job, last_tick = call.enqueue_data(taken.data).id, tick
+                try:
+                    last_job, last_tick = call.enqueue_data(taken.data, tick_at=tick).id, tick
+                except OptionError as error:  # an overlap_key that fails for these arguments
+                    logger.error("the tick of %r (%s) at %s cannot be enqueued: %s", due.name, job.name, tick, error)
             if last_job is not None and last_tick is not None:
                 storage.note_tick(connection, due.name, tick=last_tick, job=last_job)
         return True

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg2 import errors
 
-from greenjobs import config, inspection, storage
+from greenjobs import config, inspection, pool, storage
 from greenjobs.cron import Timetable
 from greenjobs.current import lender
 from greenjobs.errors import ConfigError, OptionError, PayloadError, SchemaError, UnknownJob, UnknownSchedule
@@ -81,11 +81,13 @@ def add(
     priority: int | None = None,
     catch_up: str = "last",
     overlap: bool = True,
+    connection: Any = None,
 ) -> None:
     """Enqueue `job(*args, **kwargs)` by the clock from now on, committed when this returns.
 
     `name` is one's own; a schedule of that name that was made here before is replaced. `timezone`, `catch_up` and
-    `overlap` are those of greenjobs.cron.Timetable; a queue or a priority that is not given is that of the job.
+    `overlap` are those of greenjobs.cron.Timetable; a queue or a priority that is not given is that of the job. With
+    `connection`, a psycopg2 connection or cursor, the schedule is made in its transaction: there when that commits.
 
     Raises OptionError for what cannot be, and when a declared schedule has the name; TypeError and PayloadError as
     `.delay`; DatabaseUnavailable; SchemaError.
@@ -100,9 +102,10 @@ def add(
         raise OptionError(f"the schedule {name!r} of {job.name}: {error}") from None
     job.options(queue=queue, priority=priority)  # which refuses what cannot be
     data = job.codec.encode(tuple(args), dict(kwargs or {}), max_bytes=config.current().max_payload_bytes)
+    _check_overlap_key(job, data)
     new = Declaration(name, job, timetable, data, "api", queue, priority)
-    with _connection() as connection:
-        if not storage.keep_schedule(connection, new.begun(inspection.now(connection))):
+    with _connection(connection) as lent:
+        if not storage.keep_schedule(lent, new.begun(inspection.now(lent))):
             raise OptionError(f"the schedule {name!r} is declared in code or settings; choose another name")
 
 
@@ -188,6 +191,7 @@ def _declaration(line: str) -> Declaration:
     if "overlap" in options:
         options["overlap"] = _BOOLEANS.get(options["overlap"].lower(), options["overlap"])
     data = job.codec.encode(args, kwargs, max_bytes=config.current().max_payload_bytes)
+    _check_overlap_key(job, data)
     timetable = Timetable(match["cron"], match["zone"] or "UTC", **options)
     return Declaration(match["name"].strip(), job, timetable, data, "settings", queue, priority)
 
@@ -211,6 +215,12 @@ def _options(text: str) -> dict[str, Any]:
     return options
 
 
+def _check_overlap_key(job: Job[..., Any], data: str) -> None:
+    """Raise OptionError where these arguments have no key, which every tick would."""
+    if job.exclusion is not None:
+        job.exclusion.key_of(data)
+
+
 def _find(connection: Connection, name: str) -> Schedule:
     found = inspection.schedules(connection, name=name)
     if not found:
@@ -220,8 +230,10 @@ def _find(connection: Connection, name: str) -> Schedule:
 
 
 @contextlib.contextmanager
-def _connection() -> Iterator[Connection]:
-    with lender(config.current()).connection() as connection:
+def _connection(given: Any = None) -> Iterator[Connection]:
+    """The connection that a caller gave, to be committed there, or one that commits each statement."""
+    own = lender(config.current()).connection() if given is None else contextlib.nullcontext(pool.raw_connection(given))
+    with own as connection:
         try:
             yield connection
         except errors.UndefinedTable as error:

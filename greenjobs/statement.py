@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class PlanningConnection(extensions.connection):
-    """A connection that remembers what was prepared on it, and when it was last used (by time.monotonic()).
+    """A connection that remembers what was prepared on it.
 
     Nothing can be where a pooler is in between, `is_pooled`: every transaction may have another session of the server.
     """
@@ -22,7 +22,6 @@ class PlanningConnection(extensions.connection):
         super().__init__(dsn, async_)  # type: ignore[call-arg]  # the stubs lack it
         self.is_pooled = False
         self.planned: set[str] = set()
-        self.used_at = 0.0
 
 
 class Statement:

@@ -80,6 +80,12 @@ class Worker:
         )
         self._pace = Pace()
         self._cursor: ClaimCursor | None = None
+        self.exclusive_keys: dict[int, str] = {}
+        """Of the jobs that were claimed here and have no outcome yet, those that exclude others, with their keys."""
+        self._knows_exclusive = any(job.exclusion is not None for job in jobs.values())
+        self._saw_exclusive = False
+        self._exclusive_due_at = 0.0
+        self._is_saturated = False
         self._top_due_at = 0.0
         self._claims_under_way = 0
         self._is_stopping = False
@@ -108,7 +114,13 @@ class Worker:
     def wake(self) -> None:
         """There may be work: look now. Returns at once."""
         self._top_due_at = 0.0
+        self._exclusive_due_at = 0.0
         self._woken.set()
+
+    def show_exclusive(self) -> None:
+        """There is work that excludes other work, which is new to a worker that knows no such jobs. Returns at once."""
+        self._saw_exclusive = True
+        self.wake()
 
     def stop_claiming(self) -> None:
         """Begin no further claim, and start no further job: what has not started is given back. Returns at once."""
@@ -172,6 +184,15 @@ class Worker:
         claimed = self._claim(self._runner, 1, suspects=True)
         return claimed[0].id if claimed else None
 
+    def claim_next(self, keys: Sequence[str]) -> set[str]:
+        """Take the job that is next in line here for each of these exclusive keys, where there is room; returns the
+        keys of those that were taken."""
+        room = 0 if self._is_stopping else self._room()
+        if self._runner is None or room <= 0:
+            self._exclusive_due_at = 0.0
+            return set()
+        return {str(row.exclusive_key) for row in self._claim_exclusive(self._runner, room, keys=keys)}
+
     # --- claim --------------------------------------------------------------------------------------------------------
 
     def _claim_until_stopped(self) -> None:
@@ -209,6 +230,22 @@ class Worker:
         return 0 if ahead and executor.ready > ahead // 2 else room
 
     def _claim_available(self, runner: int, limit: int) -> list[ClaimedJob]:
+        if not (self._knows_exclusive or self._saw_exclusive):
+            return self._claim_plain(runner, limit)
+        rows: list[ClaimedJob] = []
+        # While there are always more jobs than room, those that exclude others come in when it is their turn among all.
+        if self._is_saturated and time.monotonic() >= self._exclusive_due_at:
+            rows = self._claim_exclusive(runner, limit, before=self._cursor)
+        if len(rows) < limit:
+            plain = self._claim_plain(runner, limit - len(rows))
+            self._is_saturated = len(plain) == limit - len(rows)
+            rows += plain
+        if len(rows) < limit:
+            self._saw_exclusive = False
+            rows += self._claim_exclusive(runner, limit - len(rows))
+        return rows
+
+    def _claim_plain(self, runner: int, limit: int) -> list[ClaimedJob]:
         """Claim behind the cursor; from the top when that is due, or when there is not enough behind the cursor."""
         if self._cursor is not None and time.monotonic() < self._top_due_at:
             rows = self._claim(runner, limit, after=self._cursor)
@@ -227,25 +264,36 @@ class Worker:
     def _claim(
         self, runner: int, limit: int, *, suspects: bool = False, after: ClaimCursor | None = None
     ) -> list[ClaimedJob]:
+        rows = self._take(storage.claim, runner, may_exclude=suspects, limit=limit, suspects=suspects, after=after)
+        if rows and not suspects:
+            self._cursor = storage.claim_order(rows[-1])
+        return rows
+
+    def _claim_exclusive(
+        self, runner: int, limit: int, *, before: ClaimCursor | None = None, keys: Sequence[str] | None = None
+    ) -> list[ClaimedJob]:
+        started = time.monotonic()
+        rows = self._take(storage.claim_exclusive, runner, may_exclude=True, limit=limit, before=before, keys=keys)
+        ended = time.monotonic()
+        if keys is None:
+            is_all = len(rows) < limit
+            self._exclusive_due_at = ended + max(_TOP_SECONDS, _TOP_SHARE * (ended - started)) if is_all else 0.0
+        return rows
+
+    def _take(
+        self, claim: Callable[..., list[ClaimedJob]], runner: int, *, may_exclude: bool, **which: Any
+    ) -> list[ClaimedJob]:
         self._claims_under_way += 1
         try:
-            rows = self._service.call(
-                storage.claim,
-                runner=runner,
-                queue=self.queue,
-                job_types=self._job_types,
-                limit=limit,
-                suspects=suspects,
-                after=after,
-            )
+            rows = self._service.call(claim, runner=runner, queue=self.queue, job_types=self._job_types, **which)
+            if may_exclude:
+                self.exclusive_keys.update((row.id, row.exclusive_key) for row in rows if row.exclusive_key is not None)
             if self._runner == runner and not self._is_stopping:
                 self._executor.add(rows)
             else:  # it is to stop, or the session was lost meanwhile, and with it the right to start them
                 self._give_back([storage.Fence(row.id, row.attempt) for row in rows])
         finally:
             self._claims_under_way -= 1
-        if rows and not suspects:
-            self._cursor = storage.claim_order(rows[-1])
         if self._executor.ready:
             self._holds_ready.set()
         return rows

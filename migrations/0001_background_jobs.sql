@@ -55,7 +55,7 @@ ALTER TABLE background_jobs
 -- nothing, and a claim that begins behind a known row skips the dead entries before it.
 CREATE INDEX background_jobs_available
     ON background_jobs (queue, (-priority), id)
-    WHERE state = 'available' AND crashes = 0;
+    WHERE state = 'available' AND crashes = 0 AND exclusive_key IS NULL;
 
 -- Jobs whose runner died are claimed one at a time, so that the one that kills its runner convicts itself alone.
 CREATE INDEX background_jobs_suspects
@@ -81,6 +81,22 @@ CREATE INDEX background_jobs_cancelled
 CREATE INDEX background_jobs_without_queue
     ON background_jobs (job_type)
     WHERE queue IS NULL;
+
+-- Of jobs with the same exclusive key one runs at a time, whoever claims them. The others are claimed apart: in the order
+-- of all jobs, or key by key, where the first of each is next in line, suspects included. Whoever asks for the one that
+-- runs says `claimed_by IS NOT NULL`, which comes to the same as `state = 'running'`, and lets the planner use no other
+-- index: while its statistics know of few running jobs it would rather read all of those.
+CREATE UNIQUE INDEX background_jobs_exclusive_running
+    ON background_jobs (exclusive_key)
+    WHERE claimed_by IS NOT NULL AND exclusive_key IS NOT NULL;
+
+CREATE INDEX background_jobs_exclusive
+    ON background_jobs (queue, (-priority), id)
+    WHERE state = 'available' AND crashes = 0 AND exclusive_key IS NOT NULL;
+
+CREATE INDEX background_jobs_lines
+    ON background_jobs (queue, exclusive_key, (-priority), id)
+    WHERE state = 'available' AND exclusive_key IS NOT NULL;
 
 -- One job of a key that has not started: the index forgets a row when its state becomes 'running'.
 CREATE UNIQUE INDEX background_jobs_unique

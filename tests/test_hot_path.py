@@ -42,6 +42,14 @@ def full_table(database: running.Database) -> running.Database:
         FROM generate_series(1, 1000)
         """
     )
+    # Those that exclude others, before and among the others: one key has most of them.
+    database.rows(
+        """
+        INSERT INTO background_jobs (job_type, data, queue, priority, exclusive_key)
+        SELECT 'mail', '{}'::jsonb, 'emails', (n % 10)::smallint, CASE WHEN n % 10 = 0 THEN md5(n::text) ELSE 'all' END
+        FROM generate_series(1, 20000) AS n
+        """
+    )
     database.rows("UPDATE background_jobs SET crashes = 1 WHERE id % 1000 = 0 AND state = 'available'")
     database.rows("VACUUM ANALYZE background_jobs")
     return database
@@ -53,7 +61,10 @@ def run_everything(connection: PlanningConnection) -> None:
     rows = storage.claim(connection, **claim)
     storage.claim(connection, **claim, after=storage.claim_order(rows[-1]))
     storage.claim(connection, **claim, suspects=True)
-    storage.acknowledge(connection, [1], [storage.Fence(rows[0].id, rows[0].attempt)])
+    exclusive = storage.claim_exclusive(connection, **claim)
+    storage.claim_exclusive(connection, **claim, keys=["all"])
+    storage.wake_next(connection, ["all"], queues=["emails"])
+    storage.acknowledge(connection, [1], [storage.Fence(row.id, row.attempt) for row in (rows[0], *exclusive)])
     storage.promote(connection, limit=10)
     storage.route(connection, {"mail": "emails"})
     inspection.look(connection, queues=["emails"], job_types=JOB_TYPES)
@@ -65,6 +76,9 @@ CALLS = {
     "claim_from_top": "(1, 'emails', '{mail}', 50)",
     "claim_behind": "(1, 'emails', '{mail}', 50, -3::smallint, 700)",
     "claim_suspect": "(1, 'emails', '{mail}', 1)",
+    "claim_exclusive": "(1, 'emails', '{mail}', 50, 5, 10000000, 300, 'a')",
+    "claim_next": "(1, 'emails', '{mail}', 50, 5, 10000000, '{all}')",
+    "wake_next": "('{all}', '{emails}')",
     "acknowledge": "('{1,2,3}', '{1,1,1}', '{1}')",
     "promote": "(1000)",
     "route": "('{mail}', '{emails}')",
@@ -97,7 +111,8 @@ def test_no_statement_of_a_runner_scans_the_table_or_sorts_it(
                 cursor.execute(f"EXPLAIN EXECUTE {planned[name]}{arguments}")
                 plan = "\n".join(row[0] for row in cursor.fetchall())
                 assert "Seq Scan on background_jobs" not in plan, f"{name}:\n{plan}"
-                if name not in ("promote", "route"):  # their few results are grouped
+                # Their few results are grouped, or put in order.
+                if name not in ("promote", "route", "claim_exclusive", "claim_next"):
                     assert "Sort" not in plan, f"{name}:\n{plan}"
     service.close()
 
@@ -108,12 +123,35 @@ def test_claim_without_our_settings_is_planned_through_the_index_as_well(full_ta
     run_everything(connection)
     planned = {name.removeprefix("greenjobs_").rpartition("_")[0]: name for name in connection.planned}
     with connection.cursor() as cursor:
-        for name in ("claim_from_top", "claim_behind"):
+        for name, index in {
+            "claim_from_top": "background_jobs_available",
+            "claim_behind": "background_jobs_available",
+            "claim_exclusive": "background_jobs_exclusive",
+            "claim_next": "background_jobs_lines",
+        }.items():
             cursor.execute(f"EXPLAIN EXECUTE {planned[name]}{CALLS[name]}")
             plan = "\n".join(row[0] for row in cursor.fetchall())
-            assert "background_jobs_available" in plan
+            assert index in plan
             assert "Seq Scan on background_jobs" not in plan
-            assert "Sort" not in plan
+            assert "Sort" not in plan or index != "background_jobs_available"
+    connection.close()
+
+
+def test_claim_of_jobs_that_exclude_others_reads_few_rows_whatever_waits(full_table: running.Database) -> None:
+    """Twenty thousand of them wait, eighteen thousand with one key, one job of which runs."""
+    connection = pool.connect(full_table.url, application_name="test", timeout_seconds=10)
+    claim: dict[str, Any] = {"runner": 1, "queue": "emails", "job_types": JOB_TYPES, "limit": 1}
+    (_,) = storage.claim_exclusive(connection, **claim, keys=["all"])
+    storage.claim_exclusive(connection, **claim)
+    (statement,) = (name for name in connection.planned if name.startswith("greenjobs_claim_exclusive_"))
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE {statement}"
+            "(1, 'emails', '{mail}', 1, 100, 10000000, 202, 'a')"
+        )
+        ((plan,),) = cursor.fetchall()[0]
+        assert plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"] < 5000
+        assert plan["Plan"]["Actual Rows"] == 1
     connection.close()
 
 

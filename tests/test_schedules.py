@@ -109,7 +109,8 @@ def row(database: Database, columns: str, name: str = "report") -> Any:
         {"cron": "* * * * *", "overlap": "no"},
         {"timezone": "UTC"},
         {"catch_up": "all"},
-        {"overlap": False},
+        {"overlap": "no"},
+        {"cron": "* * * * *", "overlap_key": "kind"},
     ],
 )
 def test_a_job_with_a_wrong_schedule_is_refused_by_name(settings: dict[str, Any]) -> None:

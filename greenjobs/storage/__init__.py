@@ -8,7 +8,16 @@ runner and the attempt they speak for, and leave alone a row that has moved on.
 from greenjobs.storage.cancellation import cancel, remove_cancelled
 from greenjobs.storage.care import Rescued, promote, rescue, route
 from greenjobs.storage.claims import ClaimCursor, ClaimedJob, claim, claim_order
-from greenjobs.storage.enqueuing import PROMOTER_SECONDS, Enqueued, NewJobs, enqueue, enqueue_inside, unique_key
+from greenjobs.storage.enqueuing import (
+    PROMOTER_SECONDS,
+    Enqueued,
+    NewJobs,
+    enqueue,
+    enqueue_inside,
+    exclusive_key,
+    unique_key,
+)
+from greenjobs.storage.exclusive import claim_exclusive, wake_next
 from greenjobs.storage.fence import Fence
 from greenjobs.storage.outcomes import KEPT_ERRORS, Failure, Snoozed, acknowledge, fail, give_back, snooze
 from greenjobs.storage.people import discard, prune, retry
@@ -53,12 +62,14 @@ __all__ = [
     "atomic",
     "cancel",
     "claim",
+    "claim_exclusive",
     "claim_order",
     "discard",
     "drop_schedule",
     "end_runners",
     "enqueue",
     "enqueue_inside",
+    "exclusive_key",
     "fail",
     "forget_runners",
     "give_back",
@@ -80,4 +91,5 @@ __all__ = [
     "take_ticks",
     "unique_key",
     "wake",
+    "wake_next",
 ]

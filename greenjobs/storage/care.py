@@ -22,6 +22,7 @@ class Rescued(NamedTuple):
     queue: str
     crashes: int
     has_failed: bool
+    exclusive_key: str | None
 
 
 _PROMOTE = Statement(
@@ -128,6 +129,7 @@ SET
     last_retry = now(),
     claimed_by = NULL,
     claimed_at = NULL,
+    expires_at = NULL,  -- it may have started
     errors = CASE
         WHEN job.crashes + held.blame < %(most_crashes)s THEN job.errors
         ELSE coalesce(job.errors, '[]') || jsonb_build_object(
@@ -143,7 +145,7 @@ FROM held
 WHERE job.id = held.id
     AND job.state = 'running'
     AND job.claimed_by = ANY(%(runners)s)
-RETURNING job.id, job.job_type, job.queue, job.crashes, job.state = 'failed'
+RETURNING job.id, job.job_type, job.queue, job.crashes, job.state = 'failed', job.exclusive_key
 """
 
 _HELD_BY = """

@@ -37,21 +37,28 @@ class Changed(NamedTuple):
     is_due_soon: bool
 
 
+class New(NamedTuple):
+    """What new jobs have beside their data: parameters of the statements here, and the exclusive keys of such data."""
+
+    parameters: Mapping[str, Any]
+    exclusive_keys: Callable[[Sequence[str]], list[str | None]]
+
+
 # --- who holds the keys -----------------------------------------------------------------------------------------------
 
 # The waiting ones last: of two with the same key, which were enqueued under different rules, they count. One that was
-# cancelled while it ran, and waits again since, only waits to be removed.
+# cancelled while it ran, and waits again since, only waits to be removed; and one that has expired, to be discarded.
 _HOLDERS = Statement(
     "unique_holders",
     """
-SELECT unique_key, id, false AS waits, false AS is_unwanted
+SELECT unique_key, id, false AS waits, false AS is_unwanted, false AS has_expired
 FROM background_jobs
 WHERE %(until_finished)s::boolean
     AND unique_key = ANY(%(keys)s::text[])
     AND unique_until_finished
     AND state = 'running'
 UNION ALL
-SELECT unique_key, id, true, cancel_asked_at IS NOT NULL
+SELECT unique_key, id, true, cancel_asked_at IS NOT NULL, coalesce(expires_at <= clock_timestamp(), false)
 FROM background_jobs
 WHERE unique_key = ANY(%(keys)s::text[])
     AND state IN ('scheduled', 'available')
@@ -68,14 +75,32 @@ WHERE id = ANY(%(ids)s)
 """
 
 
+_DROP_KEYS_OF_EXPIRED = """
+UPDATE background_jobs
+SET unique_key = NULL
+WHERE id = ANY(%(ids)s)
+    AND state IN ('scheduled', 'available')
+    AND expires_at <= clock_timestamp()
+"""
+
+
 def holders(cursor: Cursor, keys: Sequence[str], *, until_finished: bool) -> dict[str, Holder]:
     """The jobs that hold these keys, running ones only where it is `until_finished`; none may be left that does."""
     _HOLDERS.run(cursor, {"keys": list(keys), "until_finished": until_finished})
-    found = {key: (id, waits, is_unwanted) for key, id, waits, is_unwanted in cursor.fetchall()}
-    unwanted = sorted(id for id, _, is_unwanted in found.values() if is_unwanted)
+    found: dict[str, Holder] = {}
+    unwanted, expired = [], []
+    for key, id, waits, is_unwanted, has_expired in cursor.fetchall():
+        if is_unwanted:
+            unwanted.append(id)
+        elif has_expired:
+            expired.append(id)
+        else:
+            found[key] = Holder(id, waits)
     if unwanted:
-        cursor.execute(_REMOVE_UNWANTED, {"ids": unwanted})
-    return {key: Holder(id, waits) for key, (id, waits, is_unwanted) in found.items() if not is_unwanted}
+        cursor.execute(_REMOVE_UNWANTED, {"ids": sorted(unwanted)})
+    if expired:
+        cursor.execute(_DROP_KEYS_OF_EXPIRED, {"ids": sorted(expired)})
+    return found
 
 
 # Not now(), which in a long transaction of the caller's may be before the window was opened.
@@ -144,7 +169,14 @@ _DUE = """
         ELSE 'available'
     END"""
 
-_DUE_TYPES = {"run_at": "timestamptz", "delay": "float8"}
+_EXPIRES = """
+    expires_at = coalesce(
+        %(expires_at)s::timestamptz,
+        coalesce(%(run_at)s::timestamptz, now() + make_interval(secs => %(delay)s::float8))
+            + make_interval(secs => %(expires)s::float8)
+    ),"""
+
+_DUE_TYPES = {"run_at": "timestamptz", "delay": "float8", "expires": "float8", "expires_at": "timestamptz"}
 
 _CHANGED = """
 RETURNING
@@ -160,13 +192,14 @@ _REPLACE = Statement(
 WITH waiting AS (
     {
         _WAITING.format(
-            columns="given.data",
+            columns="given.data, given.exclusive_key",
             given='''
         ROWS FROM (
             unnest(%(ids)s::bigint[]),
             unnest(%(keys)s::text[]),
-            jsonb_array_elements(%(data)s::jsonb)
-        ) AS given (id, key, data)
+            jsonb_array_elements(%(data)s::jsonb),
+            unnest(%(exclusive_keys)s::text[])
+        ) AS given (id, key, data, exclusive_key)
     ''',
         )
     }
@@ -177,7 +210,8 @@ SET
     queue = %(queue)s::text,
     priority = %(priority)s::smallint,
     options = %(options)s::jsonb,
-    retries = 0,{_DUE}
+    exclusive_key = waiting.exclusive_key,
+    retries = 0,{_EXPIRES}{_DUE}
 FROM waiting
 WHERE job.id = waiting.id
 {_CHANGED}""",
@@ -187,6 +221,7 @@ WHERE job.id = waiting.id
     queue="text",
     priority="smallint",
     options="jsonb",
+    exclusive_keys="text[]",
 )
 
 _EXTEND = Statement(
@@ -196,7 +231,7 @@ WITH waiting AS (
     {_WAITING.format(columns="given.key", given=_HELD)}
 )
 UPDATE background_jobs AS job
-SET{_DUE}
+SET{_EXPIRES}{_DUE}
 FROM waiting
 WHERE job.id = waiting.id
 {_CHANGED}""",
@@ -205,21 +240,20 @@ WHERE job.id = waiting.id
 )
 
 
-def replace(
-    cursor: Cursor, waiting: Mapping[int, str | None], data: Sequence[str], parameters: Mapping[str, Any]
-) -> list[Changed]:
-    """Give these jobs, by id with the key on their rows, other data, and what else `parameters` has for new jobs.
+def replace(cursor: Cursor, waiting: Mapping[int, str | None], data: Sequence[str], new: New) -> list[Changed]:
+    """Give these jobs, by id with the key on their rows, other data, and what else new jobs have.
 
     Those that wait no longer are left alone. `data` are JSON objects in the order of the jobs.
     """
     document = "[" + ",".join(data) + "]"
-    _REPLACE.run(cursor, {**parameters, **_held(waiting), "data": document})
+    keys = new.exclusive_keys(data)
+    _REPLACE.run(cursor, {**new.parameters, **_held(waiting), "data": document, "exclusive_keys": keys})
     return [Changed._make(row) for row in cursor.fetchall()]
 
 
-def extend(cursor: Cursor, waiting: Mapping[int, str | None], parameters: Mapping[str, Any]) -> list[Changed]:
-    """Let these jobs run when new ones would; those that wait no longer are left alone."""
-    _EXTEND.run(cursor, {**_held(waiting), "run_at": parameters["run_at"], "delay": parameters["delay"]})
+def extend(cursor: Cursor, waiting: Mapping[int, str | None], new: New) -> list[Changed]:
+    """Let these jobs run, and expire, when new ones would; those that wait no longer are left alone."""
+    _EXTEND.run(cursor, {**_held(waiting), **{name: new.parameters[name] for name in _DUE_TYPES}})
     return [Changed._make(row) for row in cursor.fetchall()]
 
 
@@ -227,13 +261,19 @@ _READ_WAITING = _WAITING.format(columns="job.data::text", given=_HELD)
 
 _WRITE_DATA = """
 UPDATE background_jobs AS job
-SET data = merged.data
-FROM ROWS FROM (unnest(%(ids)s::bigint[]), jsonb_array_elements(%(data)s::jsonb)) AS merged (id, data)
+SET
+    data = merged.data,
+    exclusive_key = merged.exclusive_key
+FROM ROWS FROM (
+    unnest(%(ids)s::bigint[]),
+    jsonb_array_elements(%(data)s::jsonb),
+    unnest(%(exclusive_keys)s::text[])
+) AS merged (id, data, exclusive_key)
 WHERE job.id = merged.id
 """
 
 
-def merge(cursor: Cursor, waiting: Mapping[int, str | None], merged: Callable[[int, str], str]) -> list[int]:
+def merge(cursor: Cursor, waiting: Mapping[int, str | None], merged: Callable[[int, str], str], new: New) -> list[int]:
     """Give these jobs the data that `merged` makes of their id and of what they have; returns whom.
 
     Their rows are locked meanwhile, in the caller's transaction, or in one for this alone. Those that wait no longer
@@ -241,15 +281,17 @@ def merge(cursor: Cursor, waiting: Mapping[int, str | None], merged: Callable[[i
     """
     if cursor.connection.get_transaction_status() == extensions.TRANSACTION_STATUS_IDLE:
         with atomic(cursor.connection):
-            return _merge(cursor, waiting, merged)
-    return _merge(cursor, waiting, merged)
+            return _merge(cursor, waiting, merged, new)
+    return _merge(cursor, waiting, merged, new)
 
 
-def _merge(cursor: Cursor, waiting: Mapping[int, str | None], merged: Callable[[int, str], str]) -> list[int]:
+def _merge(cursor: Cursor, waiting: Mapping[int, str | None], merged: Callable[[int, str], str], new: New) -> list[int]:
     cursor.execute(_READ_WAITING, _held(waiting))
     data = {id: merged(id, text) for id, text in cursor.fetchall()}
     if data:
-        cursor.execute(_WRITE_DATA, {"ids": list(data), "data": "[" + ",".join(data.values()) + "]"})
+        document = "[" + ",".join(data.values()) + "]"
+        keys = new.exclusive_keys(list(data.values()))
+        cursor.execute(_WRITE_DATA, {"ids": list(data), "data": document, "exclusive_keys": keys})
     return list(data)
 
 

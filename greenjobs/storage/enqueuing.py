@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller's connection makes by itself
 
 from greenjobs.statement import Statement
+from greenjobs.storage import conflicts
 from greenjobs.storage.conflicts import Changed
 from greenjobs.storage.transaction import atomic
 from greenjobs.storage.unique import Portion, UniqueRule, enqueue_unique
@@ -36,7 +37,9 @@ class NewJobs(NamedTuple):
     """Jobs of one type to enqueue together. `data` is a JSON object as text for each.
 
     `run_at` (aware) wins over `delay_seconds`. `unique_keys` has a key for each job, None where it has none, or is None
-    for none at all. `options` is a JSON object as text: what all of them say otherwise than their job.
+    for none at all. `options` is a JSON object as text: what all of them say otherwise than their job. They expire
+    `expires_seconds` after they are due, or at `expires_at` (aware), which wins. `exclusive_key_of` makes of the data
+    of a job the key under which it excludes others.
     """
 
     job_type: str
@@ -48,6 +51,9 @@ class NewJobs(NamedTuple):
     unique_keys: Sequence[str | None] | None = None
     options: str | None = None
     unique_rule: UniqueRule = UniqueRule()
+    expires_seconds: float | None = None
+    expires_at: datetime | None = None
+    exclusive_key_of: Callable[[str], str] | None = None
 
     @property
     def takes_transaction(self) -> bool:
@@ -57,6 +63,16 @@ class NewJobs(NamedTuple):
             and len(self.data) > 1
             and (self.unique_rule.on_conflict != "keep" or self.unique_rule.window_seconds is not None)
         )
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether something bounds them in time: when they expire, or others that they exclude."""
+        return self.exclusive_key_of is not None or self.expires_seconds is not None or self.expires_at is not None
+
+    def exclusive_keys(self, data: Sequence[str]) -> list[str | None]:
+        """The exclusive key of each job with such data, or None."""
+        make = self.exclusive_key_of
+        return [None] * len(data) if make is None else [make(each) for each in data]
 
 
 class Enqueued(NamedTuple):
@@ -77,7 +93,9 @@ class Enqueued(NamedTuple):
 # sooner than a promoter looks by itself; only then is there a second one, which notifies. NOTIFY takes a lock on the
 # whole database when it commits, so a busy system had better do without.
 _ENQUEUE = """{before}
-INSERT INTO background_jobs ({id_column}job_type, data, queue, priority, run_at, state, options{key_column})
+INSERT INTO background_jobs (
+    {id_column}job_type, data, queue, priority, run_at, state, options{key_column}{bounds_columns}
+)
 SELECT
     {id}
     %(job_type)s,
@@ -91,6 +109,7 @@ SELECT
     END,
     %(options)s
     {key}
+    {bounds}
 FROM {given}
 ORDER BY {order}
 {on_conflict}
@@ -106,11 +125,26 @@ _PLAIN = {
     "id": "",
     "key_column": "",
     "key": "",
+    "bounds_columns": "",
+    "bounds": "",
     "given": "jsonb_array_elements(%(data)s) WITH ORDINALITY AS given (data, place)",
     "order": "given.place",
     "on_conflict": "",
     "returned_key": "",
     "after": "",
+}
+
+# What bounds a job in time: when it expires, and which others it excludes. Both in one form; most jobs have neither.
+_BOUND = {
+    **_PLAIN,
+    "bounds_columns": ", expires_at, exclusive_key",
+    "bounds": """, coalesce(
+        %(expires_at)s,
+        coalesce(%(run_at)s, now() + make_interval(secs => %(delay)s)) + make_interval(secs => %(expires)s)
+    ),
+    given.exclusive_key""",
+    "given": "ROWS FROM (jsonb_array_elements(%(data)s), unnest(%(exclusive_keys)s)) WITH ORDINALITY"
+    " AS given (data, exclusive_key, place)",
 }
 
 _NUMBERED = """
@@ -120,19 +154,21 @@ _NUMBERED = """
             nextval((SELECT pg_get_serial_sequence('background_jobs', 'id')::regclass))
         ) AS id,
         listed.data,
-        listed.key
+        listed.key,
+        listed.exclusive_key
     FROM ROWS FROM (
         jsonb_array_elements(%(data)s),
         unnest(%(keys)s),
-        unnest(%(ids)s)
-    ) WITH ORDINALITY AS listed (data, key, id, place)
+        unnest(%(ids)s),
+        unnest(%(exclusive_keys)s)
+    ) WITH ORDINALITY AS listed (data, key, id, exclusive_key, place)
     ORDER BY listed.place
 """
 
 # Numbered in the order of the jobs, inserted in that of their keys: two statements that meet in several keys then wait
 # for one another instead of ending in a deadlock. Both indexes of keys have a say in what is a conflict.
 _UNIQUE = {
-    **_PLAIN,
+    **_BOUND,
     "id_column": "id, ",
     "id": "given.id,",
     "key_column": ", unique_key, unique_until_finished",
@@ -146,7 +182,7 @@ _UNIQUE = {
 # The windows are opened in the order of the keys; who opened one inserts its job. The keys stay out of the rows of the
 # jobs, lest one that still waits when its window is over has it taken until it starts.
 _WINDOWED = {
-    **_PLAIN,
+    **_BOUND,
     "before": f"""
 WITH given AS (
     {_NUMBERED}
@@ -215,6 +251,10 @@ def _enqueue_statement(name: str, jobs: Mapping[str, str], notify: Mapping[str, 
     return Statement(name, text, **_ENQUEUE_TYPES, **types)
 
 
+_KEY_TYPES = {"keys": "text[]", "ids": "bigint[]"}
+_BOUND_TYPES = {"expires": "float8", "expires_at": "timestamptz", "exclusive_keys": "text[]"}
+
+# By kind, and by whether it is done in a transaction of the caller's.
 _ENQUEUE_STATEMENTS = {
     ("plain", False): _enqueue_statement("enqueue", _PLAIN, _SOMEBODY_WAITS),
     ("plain", True): _enqueue_statement("enqueue_inside", _PLAIN, _NOTIFY_ALWAYS),
@@ -223,13 +263,13 @@ _ENQUEUE_STATEMENTS = {
             f"enqueue_{kind}_inside" if is_inside else f"enqueue_{kind}",
             jobs,
             _NOTIFY_ALWAYS if is_inside else _SOMEBODY_WAITS,
-            keys="text[]",
-            ids="bigint[]",
+            **_BOUND_TYPES,
             **types,
         )
         for kind, jobs, types in (
-            ("unique", _UNIQUE, {"until_finished": "boolean"}),
-            ("windowed", _WINDOWED, {"window": "float8"}),
+            ("bound", _BOUND, {}),
+            ("unique", _UNIQUE, {**_KEY_TYPES, "until_finished": "boolean"}),
+            ("windowed", _WINDOWED, {**_KEY_TYPES, "window": "float8"}),
         )
         for is_inside in (False, True)
     },
@@ -349,16 +389,19 @@ def _enqueue(
         "options": jobs.options,
     }
     cursor = connection.cursor(cursor_factory=TupleCursor)
-    is_one = len(jobs.data) == 1 and jobs.unique_keys is None and not in_transaction
+    is_one = len(jobs.data) == 1 and jobs.unique_keys is None and not (in_transaction or jobs.is_bound)
     if is_one and jobs.run_at is None and not jobs.delay_seconds:
         parameters["data"] = jobs.data[0]
         _ENQUEUE_ONE.run(cursor, parameters)
     else:
         parameters["run_at"], parameters["delay"] = jobs.run_at, jobs.delay_seconds
+        parameters["expires"], parameters["expires_at"] = jobs.expires_seconds, jobs.expires_at
         if jobs.unique_keys is not None:
             return _enqueue_unique(cursor, parameters, jobs, in_transaction, at_once or len(jobs.data))
         parameters["data"] = _json_array(jobs.data)
-        _ENQUEUE_STATEMENTS["plain", in_transaction].run(cursor, parameters)
+        if jobs.is_bound:
+            parameters["exclusive_keys"] = jobs.exclusive_keys(jobs.data)
+        _ENQUEUE_STATEMENTS["bound" if jobs.is_bound else "plain", in_transaction].run(cursor, parameters)
     rows = cursor.fetchall()
     if rows[0][1] and not in_transaction:
         _notify(cursor, jobs)
@@ -375,7 +418,7 @@ def _enqueue_unique(
 
     def insert(portion: Portion) -> list[tuple[int, str | None]]:
         more = {"data": _json_array(portion.data), "keys": portion.keys, "ids": portion.ids}
-        statement.run(cursor, {**parameters, **more})
+        statement.run(cursor, {**parameters, **more, "exclusive_keys": jobs.exclusive_keys(portion.data)})
         rows = cursor.fetchall()
         if rows and rows[0][1] and not in_transaction:
             _notify(cursor, jobs)
@@ -385,7 +428,8 @@ def _enqueue_unique(
         _tell(cursor, changed, in_transaction)
 
     keys = jobs.unique_keys or ()
-    settled = enqueue_unique(cursor, rule, keys, jobs.data, parameters, insert=insert, tell=tell, at_once=at_once)
+    new = conflicts.New(parameters, jobs.exclusive_keys)
+    settled = enqueue_unique(cursor, rule, keys, jobs.data, new, insert=insert, tell=tell, at_once=at_once)
     return [Enqueued(id, action) for id, action in settled]
 
 
@@ -417,3 +461,9 @@ def unique_key(job_type: str, data: str) -> str:
     """The key under which jobs of the same type and data are one: a digest of both, blind to the order of keys."""
     canonical = orjson.dumps(orjson.loads(data), option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(job_type.encode() + b"\0" + canonical, digest_size=16).hexdigest()
+
+
+def exclusive_key(job_type: str, key: str) -> str:
+    """The key that jobs of this type have in common that exclude one another under `key`, whatever text that is."""
+    text = f"{job_type}\0{key}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()

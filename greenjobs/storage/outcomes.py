@@ -64,6 +64,7 @@ SET
     run_at = now() + make_interval(secs => coalesce(failure.retry_in, 0)),
     claimed_by = NULL,
     claimed_at = NULL,
+    expires_at = NULL,
     errors = (
         SELECT jsonb_agg(kept.error ORDER BY kept.place)
         FROM (
@@ -97,16 +98,23 @@ UPDATE background_jobs AS job
 SET
     state = 'available',
     claimed_by = NULL,
-    claimed_at = NULL
+    claimed_at = NULL,
+    expires_at = CASE WHEN NOT %(has_started)s THEN job.expires_at END
 FROM {FENCED}
 RETURNING job.id
 """
 
 
-def give_back(connection: Connection, runners: Sequence[int], unfinished: Sequence[Fence]) -> set[int]:
-    """Make claimed jobs available again without counting anything; returns the ids still held."""
+def give_back(
+    connection: Connection, runners: Sequence[int], unfinished: Sequence[Fence], *, has_started: bool = False
+) -> set[int]:
+    """Make claimed jobs available again without counting anything; returns the ids still held.
+
+    What `has_started` does not expire any more.
+    """
     held = [fence.id for fence in unfinished]
-    return to_waiting(connection, held, _GIVE_BACK, fence_parameters(runners, unfinished))
+    parameters = {**fence_parameters(runners, unfinished), "has_started": has_started}
+    return to_waiting(connection, held, _GIVE_BACK, parameters)
 
 
 _SNOOZE = """
@@ -115,7 +123,8 @@ SET
     state = 'scheduled',
     run_at = now() + make_interval(secs => snoozed.seconds),
     claimed_by = NULL,
-    claimed_at = NULL
+    claimed_at = NULL,
+    expires_at = NULL
 FROM unnest(%(ids)s::bigint[], %(attempts)s::int[], %(seconds)s::float8[]) AS snoozed (id, attempt, seconds)
 WHERE job.id = snoozed.id
     AND job.attempt = snoozed.attempt

@@ -34,6 +34,7 @@ SET
     state = 'available',
     run_at = now(),
     cancel_asked_at = NULL,
+    expires_at = CASE WHEN job.state <> 'failed' THEN job.expires_at END,
     retries = CASE job.state WHEN 'failed' THEN 0 ELSE job.retries END,
     crashes = CASE job.state WHEN 'failed' THEN least(job.crashes, 1) ELSE job.crashes END
 FROM chosen

@@ -142,7 +142,8 @@ def end_runners(connection: Connection, runners: Sequence[int]) -> list[str]:
         cursor.execute(_HELD_FENCES, {"runners": list(runners)})
         rows = cursor.fetchall()
         if rows:
-            give_back(connection, runners, [Fence(id, attempt) for id, attempt, _ in rows])
+            fences = [Fence(id, attempt) for id, attempt, _ in rows]
+            give_back(connection, runners, fences, has_started=True)  # for all that is known
         cursor.execute(_END_RUNNERS, {"runners": list(runners)})
     return sorted({queue for _, _, queue in rows})
 

@@ -5,9 +5,9 @@ Both over and over until every job is settled: between a look and what is done a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from greenjobs.storage import conflicts
 
@@ -62,7 +62,7 @@ def enqueue_unique(
     rule: UniqueRule,
     keys: Sequence[str | None],
     data: Sequence[str],
-    parameters: Mapping[str, Any],
+    new: conflicts.New,
     *,
     insert: Callable[[Portion], list[tuple[int, str | None]]],
     tell: Callable[[Sequence[conflicts.Changed]], None],
@@ -71,7 +71,7 @@ def enqueue_unique(
     """Enqueue jobs under these keys; returns id and action of each, in their order.
 
     `insert` inserts those whose keys are free, returns their ids and keys, and wakes whoever waits for them; `tell`
-    does so for jobs that were changed. `parameters` are those of new jobs. A job without a key is just inserted.
+    does so for jobs that were changed. `new` says what else new jobs have. A job without a key is just inserted.
     """
     places = [place if key is None else key for place, key in enumerate(keys)]
     pending: _Pending = {}
@@ -96,7 +96,7 @@ def enqueue_unique(
             # The statement's snapshot may be older than the row it ran into, so that only a new look sees it. A job
             # that let go of its key between the two looks, or between the look and the change, is not among what was
             # met: once more, then.
-            for key, met in _meet(cursor, rule, pending, parameters, tell).items():
+            for key, met in _meet(cursor, rule, pending, new, tell).items():
                 found[key] = met
                 del pending[key]
     settled = []
@@ -130,7 +130,7 @@ def _meet(
     cursor: Cursor,
     rule: UniqueRule,
     pending: _Pending,
-    parameters: Mapping[str, Any],
+    new: conflicts.New,
     tell: Callable[[Sequence[conflicts.Changed]], None],
 ) -> dict[str, tuple[int, str]]:
     """Do to the jobs that have these keys what is to be done; returns id and action of those that were met, by key."""
@@ -148,13 +148,13 @@ def _meet(
     if rule.on_conflict == "merge":
         merge = rule.merge
         assert merge is not None
-        ids = conflicts.merge(cursor, waiting, lambda id, data: reduce(merge, pending[key_of[id]], data))
+        ids = conflicts.merge(cursor, waiting, lambda id, data: reduce(merge, pending[key_of[id]], data), new)
     else:
         if rule.on_conflict == "replace":
             data = [rule.folded(pending[key]) for key in key_of.values()]
-            changed = conflicts.replace(cursor, waiting, data, parameters)
+            changed = conflicts.replace(cursor, waiting, data, new)
         else:
-            changed = conflicts.extend(cursor, waiting, parameters)
+            changed = conflicts.extend(cursor, waiting, new)
         tell(changed)
         ids = [each.id for each in changed]
     for key in key_of.values():
