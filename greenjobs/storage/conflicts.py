@@ -3,6 +3,8 @@
 A job holds its key while it waits, and one whose key is taken until it is finished while it runs, too. A window holds
 the key of the job that opened it until the window is over, or the job has failed.
 
+None of the statements is prepared: planned while few jobs wait, they would go on reading all of them when many do.
+
 Whoever looks is told of a moment that is gone, so a change is made to jobs that wait still, and says to which it was
 made; the others are to be looked at again.
 """
@@ -14,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psycopg2 import extensions
 
-from greenjobs.statement import Statement
 from greenjobs.storage.transaction import atomic
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ class Changed(NamedTuple):
 
 # The waiting ones last: of two with the same key, which were enqueued under different rules, they count. One that was
 # cancelled while it ran, and waits again since, only waits to be removed.
-_HOLDERS = Statement(
-    "unique_holders",
-    """
+_HOLDERS = """
 SELECT unique_key, id, false AS waits, false AS is_unwanted
 FROM background_jobs
 WHERE %(until_finished)s::boolean
@@ -55,10 +54,7 @@ SELECT unique_key, id, true, cancel_asked_at IS NOT NULL
 FROM background_jobs
 WHERE unique_key = ANY(%(keys)s::text[])
     AND state IN ('scheduled', 'available')
-""",
-    keys="text[]",
-    until_finished="boolean",
-)
+"""
 
 _REMOVE_UNWANTED = """
 DELETE FROM background_jobs
@@ -70,7 +66,7 @@ WHERE id = ANY(%(ids)s)
 
 def holders(cursor: Cursor, keys: Sequence[str], *, until_finished: bool) -> dict[str, Holder]:
     """The jobs that hold these keys, running ones only where it is `until_finished`; none may be left that does."""
-    _HOLDERS.run(cursor, {"keys": list(keys), "until_finished": until_finished})
+    cursor.execute(_HOLDERS, {"keys": list(keys), "until_finished": until_finished})
     found = {key: (id, waits, is_unwanted) for key, id, waits, is_unwanted in cursor.fetchall()}
     unwanted = sorted(id for id, _, is_unwanted in found.values() if is_unwanted)
     if unwanted:
@@ -79,9 +75,7 @@ def holders(cursor: Cursor, keys: Sequence[str], *, until_finished: bool) -> dic
 
 
 # Not now(), which in a long transaction of the caller's may be before the window was opened.
-_WINDOWS = Statement(
-    "unique_windows",
-    """
+_WINDOWS = """
 SELECT
     held.unique_key,
     held.job_id,
@@ -90,9 +84,7 @@ SELECT
 FROM background_unique_windows AS held
 LEFT JOIN background_jobs AS job ON job.id = held.job_id
 WHERE held.unique_key = ANY(%(keys)s::text[])
-""",
-    keys="text[]",
-)
+"""
 
 _END_WINDOWS = """
 DELETE FROM background_unique_windows
@@ -109,7 +101,7 @@ WHERE unique_key = ANY(ARRAY(
 
 def window_holders(cursor: Cursor, keys: Sequence[str]) -> dict[str, Holder]:
     """The jobs whose windows hold these keys. Windows that hold them no longer are deleted."""
-    _WINDOWS.run(cursor, {"keys": list(keys)})
+    cursor.execute(_WINDOWS, {"keys": list(keys)})
     rows = cursor.fetchall()
     over = [(key, id) for key, id, _, is_over in rows if is_over]
     if over:
@@ -120,12 +112,14 @@ def window_holders(cursor: Cursor, keys: Sequence[str]) -> dict[str, Holder]:
 # --- what becomes of them ---------------------------------------------------------------------------------------------
 
 # Locked in one order, so that two who change the same jobs wait for each other, and never in a circle. Whoever had to
-# wait looks at the row anew: what was claimed by then waits no longer. One that lost its key holds none.
+# wait looks at the row anew: what was claimed by then waits no longer. One that lost its key holds none. The ids are
+# said twice, for as an array they are looked up, and joined they might be sought through the whole table.
 _WAITING = """
 SELECT job.id, {columns}
 FROM {given}
 JOIN background_jobs AS job ON job.id = given.id
-WHERE job.state IN ('scheduled', 'available')
+WHERE job.id = ANY(%(ids)s::bigint[])
+    AND job.state IN ('scheduled', 'available')
     AND job.cancel_asked_at IS NULL
     AND job.unique_key IS NOT DISTINCT FROM given.key
 ORDER BY job.id
@@ -133,8 +127,6 @@ FOR UPDATE OF job
 """
 
 _HELD = "unnest(%(ids)s::bigint[], %(keys)s::text[]) AS given (id, key)"
-
-_HELD_TYPES = {"ids": "bigint[]", "keys": "text[]"}
 
 _DUE = """
     run_at = coalesce(%(run_at)s::timestamptz, now() + make_interval(secs => %(delay)s::float8)),
@@ -144,8 +136,6 @@ _DUE = """
         ELSE 'available'
     END"""
 
-_DUE_TYPES = {"run_at": "timestamptz", "delay": "float8"}
-
 _CHANGED = """
 RETURNING
     job.id,
@@ -154,22 +144,20 @@ RETURNING
     job.state = 'scheduled' AND job.run_at < now() + interval '2 seconds'
 """
 
-_REPLACE = Statement(
-    "replace_unique",
-    f"""
+_REPLACE = f"""
 WITH waiting AS (
     {
-        _WAITING.format(
-            columns="given.data",
-            given='''
+    _WAITING.format(
+        columns="given.data",
+        given='''
         ROWS FROM (
             unnest(%(ids)s::bigint[]),
             unnest(%(keys)s::text[]),
             jsonb_array_elements(%(data)s::jsonb)
         ) AS given (id, key, data)
     ''',
-        )
-    }
+    )
+}
 )
 UPDATE background_jobs AS job
 SET
@@ -180,18 +168,10 @@ SET
     retries = 0,{_DUE}
 FROM waiting
 WHERE job.id = waiting.id
-{_CHANGED}""",
-    **_HELD_TYPES,
-    **_DUE_TYPES,
-    data="jsonb",
-    queue="text",
-    priority="smallint",
-    options="jsonb",
-)
+    AND job.id = ANY(%(ids)s::bigint[])
+{_CHANGED}"""
 
-_EXTEND = Statement(
-    "extend_unique",
-    f"""
+_EXTEND = f"""
 WITH waiting AS (
     {_WAITING.format(columns="given.key", given=_HELD)}
 )
@@ -199,10 +179,8 @@ UPDATE background_jobs AS job
 SET{_DUE}
 FROM waiting
 WHERE job.id = waiting.id
-{_CHANGED}""",
-    **_HELD_TYPES,
-    **_DUE_TYPES,
-)
+    AND job.id = ANY(%(ids)s::bigint[])
+{_CHANGED}"""
 
 
 def replace(
@@ -213,13 +191,13 @@ def replace(
     Those that wait no longer are left alone. `data` are JSON objects in the order of the jobs.
     """
     document = "[" + ",".join(data) + "]"
-    _REPLACE.run(cursor, {**parameters, **_held(waiting), "data": document})
+    cursor.execute(_REPLACE, {**parameters, **_held(waiting), "data": document})
     return [Changed._make(row) for row in cursor.fetchall()]
 
 
 def extend(cursor: Cursor, waiting: Mapping[int, str | None], parameters: Mapping[str, Any]) -> list[Changed]:
     """Let these jobs run when new ones would; those that wait no longer are left alone."""
-    _EXTEND.run(cursor, {**_held(waiting), "run_at": parameters["run_at"], "delay": parameters["delay"]})
+    cursor.execute(_EXTEND, {**_held(waiting), "run_at": parameters["run_at"], "delay": parameters["delay"]})
     return [Changed._make(row) for row in cursor.fetchall()]
 
 
@@ -230,6 +208,7 @@ UPDATE background_jobs AS job
 SET data = merged.data
 FROM ROWS FROM (unnest(%(ids)s::bigint[]), jsonb_array_elements(%(data)s::jsonb)) AS merged (id, data)
 WHERE job.id = merged.id
+    AND job.id = ANY(%(ids)s::bigint[])
 """
 
 
