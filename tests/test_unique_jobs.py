@@ -21,7 +21,6 @@ from greenjobs.errors import UniquenessError
 from greenjobs.job import Job
 from greenjobs.pool import connect
 from greenjobs.runner import Runner
-from greenjobs.statement import PlanningConnection
 from greenjobs.storage import Failure, Fence, conflicts
 
 _ENQUEUERS = 50
@@ -268,7 +267,9 @@ def test_holder_that_has_moved_on_since_it_was_looked_at_is_left_alone(
         }[loss]
     )
     before = database.rows("SELECT * FROM background_jobs")
-    new = {"queue": "default", "priority": 0, "options": None, "run_at": None, "delay": 60.0}
+    parameters = {"queue": "default", "priority": 0, "options": None, "run_at": None, "delay": 60.0}
+    parameters |= {"expires": None, "expires_at": None}
+    new = conflicts.New(parameters, lambda data: [None] * len(data))
     with connection.cursor() as cursor:
         changed: Any
         if change == "replace":
@@ -276,7 +277,7 @@ def test_holder_that_has_moved_on_since_it_was_looked_at_is_left_alone(
         elif change == "extend":
             changed = conflicts.extend(cursor, {first.id: key}, new)
         else:
-            changed = conflicts.merge(cursor, {first.id: key}, lambda id, data: "{}")
+            changed = conflicts.merge(cursor, {first.id: key}, lambda id, data: "{}", new)
 
     assert changed == []
     assert database.rows("SELECT * FROM background_jobs") == before
@@ -748,23 +749,52 @@ def test_no_statement_of_unique_jobs_scans_the_table(database: running.Database)
         " SELECT 'k' || n, n, now() + interval '1 day' FROM generate_series(1, 9999) AS n"
     )
     database.rows("ANALYZE background_jobs, background_unique_windows")
-    for until in ("finished", 3600):
-        for on_conflict in ("replace", "extend"):
-            notify = declare(until, on_conflict)
-            notify.delay(1, [0])
-            notify.delay(1, [0])
-    arguments = {
-        "unique_holders": "('{k1,k2}', true)",
-        "unique_windows": "('{k1,k2}')",
-        "replace_unique": "('{1,2}', '{k1,k2}', now(), 0, '[{},{}]', 'default', 0::smallint, NULL)",
-        "extend_unique": "('{1,2}', '{k1,k2}', now(), 0)",
-    }
+    held = {"ids": [1, 2], "keys": ["k1", "k2"]}
+    new = {"run_at": None, "delay": 0.0, "data": "[{}, {}]", "queue": "default", "priority": 0, "options": None}
     with running.pool.shared_pool(running.greenjobs.config.current()).connection() as connection:
-        assert isinstance(connection, PlanningConnection)
-        planned = {name.removeprefix("greenjobs_").rpartition("_")[0]: name for name in connection.planned}
-        assert arguments.keys() <= planned.keys()
-        with connection.cursor() as cursor:
-            for name, given in arguments.items():
-                cursor.execute(f"EXPLAIN EXECUTE {planned[name]}{given}")
+        for name in ("_HOLDERS", "_WINDOWS", "_END_WINDOWS", "_REPLACE", "_EXTEND", "_READ_WAITING", "_WRITE_DATA"):
+            with connection.cursor() as cursor:
+                cursor.execute(f"EXPLAIN {getattr(conflicts, name)}", {**held, **new, "until_finished": True})
                 plan = "\n".join(row[0] for row in cursor.fetchall())
-                assert "Seq Scan on background_" not in plan, f"{name}:\n{plan}"
+            assert "Seq Scan on background_" not in plan, f"{name}:\n{plan}"
+
+
+# --- beside what bounds jobs in time ----------------------------------------------------------------------------------
+
+
+def test_job_that_replaces_another_brings_its_own_bounds(database: running.Database) -> None:
+    @job(unique=("n",), on_conflict="replace", overlap=False, overlap_key="customer-{customer}", expires=60)
+    def report(n: int, customer: int) -> None: ...
+
+    first = report.options(delay=10).delay(1, 1)
+    before = database.rows("SELECT exclusive_key, expires_at FROM background_jobs")
+    assert report.options(delay=3600).delay(1, 2).id == first.id
+    ((key, expires_at),) = database.rows("SELECT exclusive_key, expires_at FROM background_jobs")
+    assert key not in (None, before[0][0])
+    assert expires_at - before[0][1] > timedelta(seconds=3500)
+
+
+def test_merged_job_excludes_those_of_its_merged_arguments(database: running.Database) -> None:
+    @job(
+        unique=("n",),
+        on_conflict="merge",
+        merge=lambda waiting, new: {**waiting, **new},
+        overlap=False,
+        overlap_key="customer-{customer}",
+    )
+    def report(n: int, customer: int) -> None: ...
+
+    report.delay_many([(1, 1), (2, 2)])
+    report.delay(1, 2)
+    assert len(database.rows("SELECT DISTINCT exclusive_key FROM background_jobs")) == 1
+
+
+def test_key_of_a_job_that_has_expired_is_free(database: running.Database) -> None:
+    @job(unique=True, expires=60)
+    def report(n: int) -> None: ...
+
+    first = report.delay(1)
+    database.rows("UPDATE background_jobs SET expires_at = now()")
+    second = report.delay(1)
+    assert not second.duplicate and second.id != first.id
+    assert report.delay(1).id == second.id

@@ -3,6 +3,8 @@
 A job holds its key while it waits, and one whose key is taken until it is finished while it runs, too. A window holds
 the key of the job that opened it until the window is over, or the job has failed.
 
+None of the statements is prepared: planned while few jobs wait, they would go on reading all of them when many do.
+
 Whoever looks is told of a moment that is gone, so a change is made to jobs that wait still, and says to which it was
 made; the others are to be looked at again.
 """
@@ -14,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psycopg2 import extensions
 
-from greenjobs.statement import Statement
 from greenjobs.storage.transaction import atomic
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ class New(NamedTuple):
 
 # The waiting ones last: of two with the same key, which were enqueued under different rules, they count. One that was
 # cancelled while it ran, and waits again since, only waits to be removed; and one that has expired, to be discarded.
-_HOLDERS = Statement(
-    "unique_holders",
-    """
+_HOLDERS = """
 SELECT unique_key, id, false AS waits, false AS is_unwanted, false AS has_expired
 FROM background_jobs
 WHERE %(until_finished)s::boolean
@@ -62,10 +61,7 @@ SELECT unique_key, id, true, cancel_asked_at IS NOT NULL, coalesce(expires_at <=
 FROM background_jobs
 WHERE unique_key = ANY(%(keys)s::text[])
     AND state IN ('scheduled', 'available')
-""",
-    keys="text[]",
-    until_finished="boolean",
-)
+"""
 
 _REMOVE_UNWANTED = """
 DELETE FROM background_jobs
@@ -86,7 +82,7 @@ WHERE id = ANY(%(ids)s)
 
 def holders(cursor: Cursor, keys: Sequence[str], *, until_finished: bool) -> dict[str, Holder]:
     """The jobs that hold these keys, running ones only where it is `until_finished`; none may be left that does."""
-    _HOLDERS.run(cursor, {"keys": list(keys), "until_finished": until_finished})
+    cursor.execute(_HOLDERS, {"keys": list(keys), "until_finished": until_finished})
     found: dict[str, Holder] = {}
     unwanted, expired = [], []
     for key, id, waits, is_unwanted, has_expired in cursor.fetchall():
@@ -104,9 +100,7 @@ def holders(cursor: Cursor, keys: Sequence[str], *, until_finished: bool) -> dic
 
 
 # Not now(), which in a long transaction of the caller's may be before the window was opened.
-_WINDOWS = Statement(
-    "unique_windows",
-    """
+_WINDOWS = """
 SELECT
     held.unique_key,
     held.job_id,
@@ -115,9 +109,7 @@ SELECT
 FROM background_unique_windows AS held
 LEFT JOIN background_jobs AS job ON job.id = held.job_id
 WHERE held.unique_key = ANY(%(keys)s::text[])
-""",
-    keys="text[]",
-)
+"""
 
 _END_WINDOWS = """
 DELETE FROM background_unique_windows
@@ -134,7 +126,7 @@ WHERE unique_key = ANY(ARRAY(
 
 def window_holders(cursor: Cursor, keys: Sequence[str]) -> dict[str, Holder]:
     """The jobs whose windows hold these keys. Windows that hold them no longer are deleted."""
-    _WINDOWS.run(cursor, {"keys": list(keys)})
+    cursor.execute(_WINDOWS, {"keys": list(keys)})
     rows = cursor.fetchall()
     over = [(key, id) for key, id, _, is_over in rows if is_over]
     if over:
@@ -145,12 +137,14 @@ def window_holders(cursor: Cursor, keys: Sequence[str]) -> dict[str, Holder]:
 # --- what becomes of them ---------------------------------------------------------------------------------------------
 
 # Locked in one order, so that two who change the same jobs wait for each other, and never in a circle. Whoever had to
-# wait looks at the row anew: what was claimed by then waits no longer. One that lost its key holds none.
+# wait looks at the row anew: what was claimed by then waits no longer. One that lost its key holds none. The ids are
+# said twice, for as an array they are looked up, and joined they might be sought through the whole table.
 _WAITING = """
 SELECT job.id, {columns}
 FROM {given}
 JOIN background_jobs AS job ON job.id = given.id
-WHERE job.state IN ('scheduled', 'available')
+WHERE job.id = ANY(%(ids)s::bigint[])
+    AND job.state IN ('scheduled', 'available')
     AND job.cancel_asked_at IS NULL
     AND job.unique_key IS NOT DISTINCT FROM given.key
 ORDER BY job.id
@@ -158,8 +152,6 @@ FOR UPDATE OF job
 """
 
 _HELD = "unnest(%(ids)s::bigint[], %(keys)s::text[]) AS given (id, key)"
-
-_HELD_TYPES = {"ids": "bigint[]", "keys": "text[]"}
 
 _DUE = """
     run_at = coalesce(%(run_at)s::timestamptz, now() + make_interval(secs => %(delay)s::float8)),
@@ -176,7 +168,7 @@ _EXPIRES = """
             + make_interval(secs => %(expires)s::float8)
     ),"""
 
-_DUE_TYPES = {"run_at": "timestamptz", "delay": "float8", "expires": "float8", "expires_at": "timestamptz"}
+_DUE_PARAMETERS = ("run_at", "delay", "expires", "expires_at")
 
 _CHANGED = """
 RETURNING
@@ -186,14 +178,12 @@ RETURNING
     job.state = 'scheduled' AND job.run_at < now() + interval '2 seconds'
 """
 
-_REPLACE = Statement(
-    "replace_unique",
-    f"""
+_REPLACE = f"""
 WITH waiting AS (
     {
-        _WAITING.format(
-            columns="given.data, given.exclusive_key",
-            given='''
+    _WAITING.format(
+        columns="given.data, given.exclusive_key",
+        given='''
         ROWS FROM (
             unnest(%(ids)s::bigint[]),
             unnest(%(keys)s::text[]),
@@ -201,8 +191,8 @@ WITH waiting AS (
             unnest(%(exclusive_keys)s::text[])
         ) AS given (id, key, data, exclusive_key)
     ''',
-        )
-    }
+    )
+}
 )
 UPDATE background_jobs AS job
 SET
@@ -214,19 +204,10 @@ SET
     retries = 0,{_EXPIRES}{_DUE}
 FROM waiting
 WHERE job.id = waiting.id
-{_CHANGED}""",
-    **_HELD_TYPES,
-    **_DUE_TYPES,
-    data="jsonb",
-    queue="text",
-    priority="smallint",
-    options="jsonb",
-    exclusive_keys="text[]",
-)
+    AND job.id = ANY(%(ids)s::bigint[])
+{_CHANGED}"""
 
-_EXTEND = Statement(
-    "extend_unique",
-    f"""
+_EXTEND = f"""
 WITH waiting AS (
     {_WAITING.format(columns="given.key", given=_HELD)}
 )
@@ -234,10 +215,8 @@ UPDATE background_jobs AS job
 SET{_EXPIRES}{_DUE}
 FROM waiting
 WHERE job.id = waiting.id
-{_CHANGED}""",
-    **_HELD_TYPES,
-    **_DUE_TYPES,
-)
+    AND job.id = ANY(%(ids)s::bigint[])
+{_CHANGED}"""
 
 
 def replace(cursor: Cursor, waiting: Mapping[int, str | None], data: Sequence[str], new: New) -> list[Changed]:
@@ -247,13 +226,13 @@ def replace(cursor: Cursor, waiting: Mapping[int, str | None], data: Sequence[st
     """
     document = "[" + ",".join(data) + "]"
     keys = new.exclusive_keys(data)
-    _REPLACE.run(cursor, {**new.parameters, **_held(waiting), "data": document, "exclusive_keys": keys})
+    cursor.execute(_REPLACE, {**new.parameters, **_held(waiting), "data": document, "exclusive_keys": keys})
     return [Changed._make(row) for row in cursor.fetchall()]
 
 
 def extend(cursor: Cursor, waiting: Mapping[int, str | None], new: New) -> list[Changed]:
     """Let these jobs run, and expire, when new ones would; those that wait no longer are left alone."""
-    _EXTEND.run(cursor, {**_held(waiting), **{name: new.parameters[name] for name in _DUE_TYPES}})
+    cursor.execute(_EXTEND, {**_held(waiting), **{name: new.parameters[name] for name in _DUE_PARAMETERS}})
     return [Changed._make(row) for row in cursor.fetchall()]
 
 
@@ -270,6 +249,7 @@ FROM ROWS FROM (
     unnest(%(exclusive_keys)s::text[])
 ) AS merged (id, data, exclusive_key)
 WHERE job.id = merged.id
+    AND job.id = ANY(%(ids)s::bigint[])
 """
 
 
