@@ -6,6 +6,7 @@ import contextlib
 import random
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import databases
@@ -751,6 +752,7 @@ def test_no_statement_of_unique_jobs_scans_the_table(database: running.Database)
     database.rows("ANALYZE background_jobs, background_unique_windows")
     held = {"ids": [1, 2], "keys": ["k1", "k2"]}
     new = {"run_at": None, "delay": 0.0, "data": "[{}, {}]", "queue": "default", "priority": 0, "options": None}
+    new |= {"expires": None, "expires_at": None, "exclusive_keys": [None, None]}
     with running.pool.shared_pool(running.greenjobs.config.current()).connection() as connection:
         for name in ("_HOLDERS", "_WINDOWS", "_END_WINDOWS", "_REPLACE", "_EXTEND", "_READ_WAITING", "_WRITE_DATA"):
             with connection.cursor() as cursor:
