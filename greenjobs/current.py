@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,7 +19,7 @@ from greenjobs.errors import NoCurrentJob
 if TYPE_CHECKING:
     from greenjobs.policy import Policy
     from greenjobs.pool import ConnectionPool
-    from greenjobs.storage import ClaimedJob
+    from greenjobs.storage import ClaimedJob, NewJobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +190,34 @@ def database_rooms() -> tuple[Any, Any]:
     return pool, storage
 
 
+class Stage(Protocol):
+    """What stands between enqueuing and the database in the tests of an application: `greenjobs.testing` has them."""
+
+    @property
+    def connection(self) -> Any:
+        """The connection in whose transaction is enqueued what names none; None for one of the process's own."""
+
+    def retime(self, new: NewJobs) -> NewJobs:
+        """The same jobs, by the clock of the test."""
+
+    def take(self, job: Any, batches: Sequence[NewJobs]) -> list[Any] | None:
+        """Do with these jobs whatever is done instead of storing them, and return their handles; None to store them."""
+
+    def lender(self, settings: config.Settings) -> ConnectionPool:
+        """The connections of whoever is not inside a job."""
+
+
+#: Nothing, wherever jobs are not tested. Of the whole process, for a view may be tested that runs in another thread.
+stage: Stage | None = None
+
+
 def lender(settings: config.Settings) -> ConnectionPool:
     """The connections to enqueue on: those of the runner inside a job, else those of the process."""
     attempt = _attempt.get(None)
     if attempt is not None:
         return attempt.place.pool
+    if stage is not None:
+        return stage.lender(settings)
     pool, _ = database_rooms()
     shared: ConnectionPool = pool.shared_pool(settings)
     return shared

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
-from greenjobs import config, policy
+from greenjobs import config, current, policy
 from greenjobs.cron import Timetable
 from greenjobs.current import database_rooms, lender
 from greenjobs.errors import (
@@ -238,15 +238,26 @@ class Call(Generic[P]):
                 raise TypeError(f"call {place} of {self._job.name}: {error}") from error
         return self._enqueue(settings, encoded) if encoded else []
 
+    def prepare(self, *args: P.args, **kwargs: P.kwargs) -> tuple[Job[P, Any], NewJobs]:
+        """What `delay` would enqueue, for a test that runs it without."""
+        data = self._job.codec.encode(args, kwargs, max_bytes=config.current().max_payload_bytes)
+        return self._job, self._new_jobs(database_rooms()[1], [data])
+
     def enqueue_data(self, data: str) -> JobHandle:
         """Enqueue a call whose arguments are JSON already, as a schedule keeps them."""
         return self._enqueue(config.current(), [data])[0]
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
         pool, storage = database_rooms()
+        given = self._options.connection
+        if current.stage is not None:  # in the tests of an application
+            taken = current.stage.take(self._job, self._batches(storage, data, BATCH_SIZE))
+            if taken is not None:
+                return taken
+            given = current.stage.connection if given is None else given
         try:
-            if self._options.connection is not None:
-                connection = pool.raw_connection(self._options.connection)
+            if given is not None:
+                connection = pool.raw_connection(given)
                 # In autocommit every statement commits by itself, so all or nothing takes a single one.
                 batches = self._batches(storage, data, len(data) if connection.autocommit else BATCH_SIZE)
                 enqueued = storage.enqueue_inside(connection, batches)
@@ -278,7 +289,7 @@ class Call(Generic[P]):
             unique_keys=[storage.unique_key(job.name, one) for one in data] if job.unique else None,
             options=json.dumps(dict(options.overrides)) if options.overrides else None,
         )
-        return new
+        return new if current.stage is None else current.stage.retime(new)
 
 
 @overload
