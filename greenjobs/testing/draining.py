@@ -100,6 +100,7 @@ class _Rehearsal:
         }
         self._job_types = sorted(self._jobs)
         self._claimed_from = ""
+        self._ended: list[tuple[ClaimedJob, Ran]] = []
 
     def claim(self) -> ClaimedJob | None:
         """Take the first job that is due; None when there is none, or somebody else was faster."""
@@ -134,12 +135,9 @@ class _Rehearsal:
             if not self._connection.closed and not _is_aborted(self._connection):
                 self.give_back(row)
             raise
+        self._ended.append((row, ran))
         if not self._write(row, ran) and self._is_joined:
-            with plain_rows(self._connection) as connection:
-                # The job has rolled back to where the session that it shares with the test began, before its claim.
-                is_ours = rehearsal.reclaim(connection, self._runner, Fence(row.id, row.attempt))
-            if is_ours:
-                self._write(row, ran)
+            self._write_again()
         return ran
 
     def give_back(self, row: ClaimedJob) -> None:
@@ -150,6 +148,14 @@ class _Rehearsal:
     @property
     def _ahead(self) -> float:
         return ahead(current.stage).total_seconds()
+
+    def _write_again(self) -> None:
+        """Write what the job undid when it rolled back to where the session began that it shares with the test: that
+        was before its claim, and perhaps before what became of the jobs that ran before it."""
+        for row, ran in self._ended:
+            with plain_rows(self._connection) as connection:
+                rehearsal.reclaim(connection, self._runner, Fence(row.id, row.attempt))
+            self._write(row, ran)
 
     def _write(self, row: ClaimedJob, ran: Ran) -> bool:
         """Write what became of the job; False when it is no longer held here."""
