@@ -128,6 +128,17 @@ class Job(Generic[P, R]):
         """
         return self._plain_call.delay_many(calls)
 
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+        """As delay, for coroutines of asyncio: the event loop goes on while a thread waits for the database.
+
+        The arguments are encoded before that. A call that is cancelled meanwhile may have been enqueued all the same.
+        """
+        return await self._plain_call.adelay(*args, **kwargs)
+
+    async def adelay_many(self, calls: Iterable[Any]) -> list[JobHandle]:
+        """As delay_many, for coroutines; see adelay."""
+        return await self._plain_call.adelay_many(calls)
+
     def options(
         self,
         *,
@@ -227,6 +238,22 @@ class Call(Generic[P]):
     def delay_many(self, calls: Iterable[Any]) -> list[JobHandle]:
         """As Job.delay_many."""
         settings = config.current()
+        encoded = self._encoded(settings, calls)
+        return self._enqueue(settings, encoded) if encoded else []
+
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+        """As Job.adelay."""
+        settings = config.current()
+        data = self._job.codec.encode(args, kwargs, max_bytes=settings.max_payload_bytes)
+        return (await _in_thread(self._enqueue, settings, [data]))[0]
+
+    async def adelay_many(self, calls: Iterable[Any]) -> list[JobHandle]:
+        """As Job.adelay_many."""
+        settings = config.current()
+        encoded = self._encoded(settings, calls)
+        return await _in_thread(self._enqueue, settings, encoded) if encoded else []
+
+    def _encoded(self, settings: config.Settings, calls: Iterable[Any]) -> list[str]:
         encode = self._job.codec.encode_item
         encoded = []
         for place, call in enumerate(calls):
@@ -236,7 +263,7 @@ class Call(Generic[P]):
                 raise PayloadError(f"call {place} of {self._job.name}: {error}", path=error.path) from error
             except TypeError as error:
                 raise TypeError(f"call {place} of {self._job.name}: {error}") from error
-        return self._enqueue(settings, encoded) if encoded else []
+        return encoded
 
     def prepare(self, *args: P.args, **kwargs: P.kwargs) -> tuple[Job[P, Any], NewJobs]:
         """What `delay` would enqueue, for a test that runs it without."""
@@ -290,6 +317,12 @@ class Call(Generic[P]):
             options=json.dumps(dict(options.overrides)) if options.overrides else None,
         )
         return new if current.stage is None else current.stage.retime(new)
+
+
+async def _in_thread(call: Callable[..., R], *args: Any) -> R:
+    import asyncio  # not at the top: it brings ssl along, and whoever awaits has it
+
+    return await asyncio.to_thread(call, *args)
 
 
 @overload
