@@ -790,6 +790,27 @@ def test_session_that_ends_its_own_savepoints_does_no_harm(connection: Any) -> N
     assert rows == [("note", "scheduled", 0, 0), ("ends", "failed", 1, 1)]
 
 
+def test_what_ran_stays_so_when_the_test_rolls_its_session_back(connection: Any) -> None:
+    """A runner writes outcomes on connections of its own, so that no rollback of the application undoes them."""
+    note, seen = declare_recorder()
+    fails = declare_failing(ValueError("broken"), max_retries=1, backoff=60)
+    note.delay()
+    fails.delay()
+    with connection.cursor() as cursor:
+        cursor.execute("SAVEPOINT session")
+        testing.drain(raise_errors=False)
+        cursor.execute("ROLLBACK TO SAVEPOINT session")
+        assert [(each.job_type, each.state) for each in testing.enqueued_jobs()] == [("fails", "scheduled")]
+        with testing.travel(minutes=1):
+            testing.drain(raise_errors=False)
+            cursor.execute("ROLLBACK TO SAVEPOINT session")
+            assert testing.drain(raise_errors=False) == []
+    assert seen == [None]
+    assert [(each.job_type, each.state, each.retries, each.attempt) for each in jobs.find()] == [
+        ("fails", "failed", 2, 2)
+    ]
+
+
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 def test_job_that_ends_the_transaction_of_the_test_is_told_on(database: Database, end: str) -> None:
     connection = psycopg2.connect(database.url)

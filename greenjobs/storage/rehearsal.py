@@ -93,6 +93,27 @@ def reclaim(connection: Connection, runner: int, fence: Fence) -> bool:
         return cursor.rowcount == 1
 
 
+_UNDONE = """
+SELECT job.id, fence.attempt
+FROM unnest(%(ids)s::bigint[], %(attempts)s::int[], %(runners)s::int[]) AS fence (id, attempt, runner)
+JOIN background_jobs AS job ON job.id = fence.id
+WHERE job.attempt < fence.attempt
+    OR (job.attempt = fence.attempt AND job.claimed_by = fence.runner)
+"""
+
+
+def undone(connection: Connection, ended: Sequence[tuple[Fence, int]]) -> set[Fence]:
+    """Of claims that have ended, those whose end has been rolled back; each comes with its runner."""
+    parameters = {
+        "ids": [fence.id for fence, _ in ended],
+        "attempts": [fence.attempt for fence, _ in ended],
+        "runners": [runner for _, runner in ended],
+    }
+    with connection.cursor() as cursor:
+        cursor.execute(_UNDONE, parameters)
+        return {Fence._make(row) for row in cursor.fetchall()}
+
+
 _TRANSACTION_ID = """
 SELECT txid_current()
 """

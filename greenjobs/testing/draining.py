@@ -13,23 +13,22 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from psycopg2 import errors, extensions
+from psycopg2 import errors
 
 from greenjobs import config, current, pool, storage
-from greenjobs.error_record import error_record
 from greenjobs.errors import GreenjobsError, OptionError
 from greenjobs.job import Job, check_queue_name, registered_jobs
 from greenjobs.statement import PlanningConnection
-from greenjobs.storage import ClaimedJob, Failure, Fence, Snoozed, rehearsal
+from greenjobs.storage import ClaimedJob, Fence, rehearsal
+from greenjobs.testing import ledger
 from greenjobs.testing.attempts import Ran, run_attempt
-from greenjobs.testing.modes import ahead, memory, plain_rows, travel
+from greenjobs.testing.ledger import is_aborted
+from greenjobs.testing.modes import ahead, joined, memory, plain_rows, travel
 from greenjobs.testing.tables import tables_needed
 from greenjobs.version import __version__
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
-
-_RUNNER_NAME = "greenjobs.testing"
 
 # A lease of whom nobody sees until the transaction ends, or whom a pooler allows no session.
 _LEASE_SECONDS = 60 * 60.0
@@ -94,19 +93,18 @@ class _Rehearsal:
         self._runner = runner
         self._queue = queue
         self._context = context
-        self._is_joined = not connection.autocommit
+        self._joined = joined()
         self._jobs: Mapping[str, Job[Any, Any]] = {
             name: job for job in registered_jobs().values() for name in (job.name, *job.aliases)
         }
         self._job_types = sorted(self._jobs)
         self._claimed_from = ""
-        self._ended: list[tuple[ClaimedJob, Ran]] = []
 
     def claim(self) -> ClaimedJob | None:
         """Take the first job that is due; None when there is none, or somebody else was faster."""
         with plain_rows(self._connection) as connection:
             storage.route(connection, {name: job.queue for name, job in self._jobs.items()})
-            rehearsal.ripen(connection, ahead_seconds=self._ahead)
+            rehearsal.ripen(connection, ahead_seconds=_ahead_seconds())
             first = rehearsal.first_available(connection, queue=self._queue, job_types=self._job_types)
             if first is None:
                 return None
@@ -132,12 +130,16 @@ class _Rehearsal:
             with self._shared(row):
                 ran = run_attempt(self._jobs[row.job_type], row, self._claimed_from, self._context)
         except BaseException:
-            if not self._connection.closed and not _is_aborted(self._connection):
+            if not self._connection.closed and not is_aborted(self._connection):
                 self.give_back(row)
             raise
-        self._ended.append((row, ran))
-        if not self._write(row, ran) and self._is_joined:
-            self._write_again()
+        entry = ledger.ended(self._runner, row, ran, ahead_seconds=_ahead_seconds())
+        with plain_rows(self._connection) as connection:
+            is_held = ledger.write(connection, entry)
+            if self._joined is not None:
+                self._joined.ended.append(entry)
+                if not is_held:
+                    ledger.write_again(connection, self._joined.ended)
         return ran
 
     def give_back(self, row: ClaimedJob) -> None:
@@ -145,36 +147,10 @@ class _Rehearsal:
         with plain_rows(self._connection) as connection:
             storage.give_back(connection, [self._runner], [Fence(row.id, row.attempt)])
 
-    @property
-    def _ahead(self) -> float:
-        return ahead(current.stage).total_seconds()
-
-    def _write_again(self) -> None:
-        """Write what the job undid when it rolled back to where the session began that it shares with the test: that
-        was before its claim, and perhaps before what became of the jobs that ran before it."""
-        for row, ran in self._ended:
-            with plain_rows(self._connection) as connection:
-                rehearsal.reclaim(connection, self._runner, Fence(row.id, row.attempt))
-            self._write(row, ran)
-
-    def _write(self, row: ClaimedJob, ran: Ran) -> bool:
-        """Write what became of the job; False when it is no longer held here."""
-        fence, runners = Fence(row.id, row.attempt), [self._runner]
-        with plain_rows(self._connection) as connection:
-            if ran.outcome in ("failed", "retried") and ran.error is not None:
-                retry_in = None if ran.retry_in is None else ran.retry_in + self._ahead
-                failure = Failure(fence, retry_in, error_record(ran.error, ran.attempt, _RUNNER_NAME))
-                return bool(storage.fail(connection, runners, [failure]))
-            if ran.outcome == "snoozed":
-                return bool(storage.snooze(connection, runners, [Snoozed(fence, (ran.retry_in or 0.0) + self._ahead)]))
-            if ran.outcome == "interrupted":
-                return bool(storage.give_back(connection, runners, [fence]))
-            return bool(storage.acknowledge(connection, runners, [fence]))
-
     @contextlib.contextmanager
     def _shared(self, row: ClaimedJob) -> Iterator[None]:
         """Keep the transaction of the test whole, in which the job may work, too."""
-        if not self._is_joined:
+        if self._joined is None:
             yield
             return
         connection = self._connection
@@ -186,7 +162,7 @@ class _Rehearsal:
             raise DrainError(f"job {row.id} ({row.job_type}) closed the connection that the test is using")
         with plain_rows(connection):
             # A job that fails in the database and does not roll back has undone what it did, wherever it runs.
-            if _is_aborted(connection):
+            if is_aborted(connection):
                 try:
                     rehearsal.back_to_savepoint(connection)
                 except errors.InvalidSavepointSpecification:
@@ -200,6 +176,10 @@ class _Rehearsal:
                 )
 
 
+def _ahead_seconds() -> float:
+    return ahead(current.stage).total_seconds()
+
+
 @contextlib.contextmanager
 def _connection() -> Iterator[Connection]:
     """The connection that the test is using, or one of the drain's own."""
@@ -209,9 +189,11 @@ def _connection() -> Iterator[Connection]:
             f"drain has nothing to run: in the mode {type(mode).__name__.lower()} no job is stored; "
             f"drain outside of it, or with testing.using(connection) inside of it"
         )
-    joined = None if current.stage is None else current.stage.connection
-    if joined is not None:
-        yield joined
+    test = joined()
+    if test is not None:
+        with plain_rows(test.connection):
+            ledger.write_again(test.connection, test.ended)
+        yield test.connection
         return
     settings = config.current()
     connection = pool.connect(
@@ -240,10 +222,6 @@ def _registered(connection: Connection) -> Iterator[int]:
     try:
         yield runner
     finally:
-        if not connection.closed and not _is_aborted(connection):
+        if not connection.closed and not is_aborted(connection):
             with plain_rows(connection):
                 storage.end_runners(connection, [runner])
-
-
-def _is_aborted(connection: Connection) -> bool:
-    return connection.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR

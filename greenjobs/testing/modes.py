@@ -21,6 +21,7 @@ from greenjobs.errors import OptionError
 from greenjobs.handle import JobHandle
 from greenjobs.job import Job
 from greenjobs.storage import NewJobs
+from greenjobs.testing import ledger
 from greenjobs.testing.attempts import Ran, new_row, next_id, run_attempt
 from greenjobs.testing.records import EnqueuedJob, readable_arguments
 
@@ -211,6 +212,7 @@ class _Joined(_Stage):
     def __init__(self, connection: Connection) -> None:
         super().__init__()
         self._connection = connection
+        self.ended: list[ledger.Ended] = []
 
     @property
     def connection(self) -> Any:
@@ -220,15 +222,18 @@ class _Joined(_Stage):
         return None
 
     def lender(self, settings: config.Settings) -> Any:
-        return _Lender(self._connection)
+        return _Lender(self)
 
 
 @dataclass(frozen=True, slots=True)
 class _Lender:
-    given: Connection
+    of: _Joined
 
-    def connection(self) -> contextlib.AbstractContextManager[Connection]:
-        return plain_rows(self.given)
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[Connection]:
+        with plain_rows(self.of.connection) as connection:
+            ledger.write_again(connection, self.of.ended)
+            yield connection
 
 
 @contextlib.contextmanager
@@ -334,6 +339,14 @@ def memory() -> Inline | Recording | None:
             return stage
         stage = stage.outer
     return None
+
+
+def joined() -> _Joined | None:
+    """The mode of the transaction that the test is using, if it is."""
+    stage: Any = current.stage
+    while stage is not None and not stage.stores:
+        stage = stage.outer
+    return stage if isinstance(stage, _Joined) else None
 
 
 def ahead(stage: Any) -> timedelta:
