@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -193,15 +192,8 @@ def database_rooms() -> tuple[Any, Any]:
 class Stage(Protocol):
     """What stands between enqueuing and the database in the tests of an application: `greenjobs.testing` has them."""
 
-    @property
-    def connection(self) -> Any:
-        """The connection in whose transaction is enqueued what names none; None for one of the process's own."""
-
-    def retime(self, new: NewJobs) -> NewJobs:
-        """The same jobs, by the clock of the test."""
-
-    def take(self, job: Any, batches: Sequence[NewJobs]) -> list[Any] | None:
-        """Do with these jobs whatever is done instead of storing them, and return their handles; None to store them."""
+    def enqueue(self, job: Any, new: NewJobs, *, connection: Any) -> list[Any]:
+        """Do whatever is done with these jobs, and return their handles; `connection` is what the call named."""
 
     def lender(self, settings: config.Settings) -> ConnectionPool:
         """The connections of whoever is not inside a job."""

@@ -276,15 +276,12 @@ class Call(Generic[P]):
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
         pool, storage = database_rooms()
-        given = self._options.connection
         if current.stage is not None:  # in the tests of an application
-            taken = current.stage.take(self._job, self._batches(storage, data, BATCH_SIZE))
-            if taken is not None:
-                return taken
-            given = current.stage.connection if given is None else given
+            new = self._new_jobs(storage, data)
+            return current.stage.enqueue(self._job, new, connection=self._options.connection)
         try:
-            if given is not None:
-                connection = pool.raw_connection(given)
+            if self._options.connection is not None:
+                connection = pool.raw_connection(self._options.connection)
                 # In autocommit every statement commits by itself, so all or nothing takes a single one.
                 batches = self._batches(storage, data, len(data) if connection.autocommit else BATCH_SIZE)
                 enqueued = storage.enqueue_inside(connection, batches)
@@ -316,7 +313,7 @@ class Call(Generic[P]):
             unique_keys=[storage.unique_key(job.name, one) for one in data] if job.unique else None,
             options=json.dumps(dict(options.overrides)) if options.overrides else None,
         )
-        return new if current.stage is None else current.stage.retime(new)
+        return new
 
 
 async def _in_thread(call: Callable[..., R], *args: Any) -> R:

@@ -9,14 +9,15 @@ import contextlib
 import itertools
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
 from psycopg2 import extensions
 
-from greenjobs import config, current, pool
+from greenjobs import config, current, pool, storage
+from greenjobs.current import lender
 from greenjobs.errors import OptionError
 from greenjobs.handle import JobHandle
 from greenjobs.job import Job
@@ -24,6 +25,7 @@ from greenjobs.storage import NewJobs
 from greenjobs.testing import ledger
 from greenjobs.testing.attempts import Ran, new_row, next_id, run_attempt
 from greenjobs.testing.records import EnqueuedJob, readable_arguments
+from greenjobs.testing.tables import tables_needed
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -40,18 +42,33 @@ class _Stage:
     def __init__(self) -> None:
         self.outer: Any = None
 
-    @property
-    def connection(self) -> Any:
-        return None if self.outer is None else self.outer.connection
-
-    def retime(self, new: NewJobs) -> NewJobs:
-        return new if self.outer is None else self.outer.retime(new)
-
-    def take(self, job: Job[..., Any], batches: Sequence[NewJobs]) -> list[JobHandle] | None:
-        return None if self.outer is None else self.outer.take(job, batches)
+    def enqueue(self, job: Job[..., Any], new: NewJobs, *, connection: Any) -> list[JobHandle]:
+        if self.outer is None:
+            return _store(job, new, connection)
+        handles: list[JobHandle] = self.outer.enqueue(job, new, connection=connection)
+        return handles
 
     def lender(self, settings: config.Settings) -> pool.ConnectionPool:
         return pool.shared_pool(settings) if self.outer is None else self.outer.lender(settings)
+
+
+def _store(job: Job[..., Any], new: NewJobs, given: Any) -> list[JobHandle]:
+    """Enqueue as outside of tests, but for the clock; in one statement, however many they are."""
+    new, settings = _by_the_clock(new), config.current()
+    with tables_needed():
+        if given is not None:
+            enqueued = storage.enqueue_inside(pool.raw_connection(given), [new])
+        else:
+            with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
+                enqueued = storage.enqueue(connection, [new])
+    return [JobHandle(id, job.name, is_duplicate) for id, is_duplicate in enqueued]
+
+
+def _by_the_clock(new: NewJobs) -> NewJobs:
+    # What is due at once stays so, and an instant that was named is one of any clock.
+    if new.run_at is None and new.delay_seconds:
+        return new._replace(delay_seconds=new.delay_seconds + ahead(current.stage).total_seconds())
+    return new
 
 
 @contextlib.contextmanager
@@ -76,8 +93,8 @@ class Inline(_Stage):
         self._raise_errors = raise_errors
         self._context = context
 
-    def take(self, job: Job[..., Any], batches: Sequence[NewJobs]) -> list[JobHandle] | None:
-        return [self._run(job, new, data) for new in batches for data in new.data]
+    def enqueue(self, job: Job[..., Any], new: NewJobs, *, connection: Any) -> list[JobHandle]:
+        return [self._run(job, new, data) for data in new.data]
 
     def _run(self, job: Job[..., Any], new: NewJobs, data: str) -> JobHandle:
         row = new_row(new, data)
@@ -144,12 +161,9 @@ class Recording(_Stage):
         with self._lock:
             return self._recorded.pop(id, None) is not None
 
-    def take(self, job: Job[..., Any], batches: Sequence[NewJobs]) -> list[JobHandle] | None:
-        return [
-            self._record(job, new, data, key)
-            for new in batches
-            for data, key in zip(new.data, new.unique_keys or itertools.repeat(None), strict=False)
-        ]
+    def enqueue(self, job: Job[..., Any], new: NewJobs, *, connection: Any) -> list[JobHandle]:
+        keys = new.unique_keys or itertools.repeat(None)
+        return [self._record(job, new, data, key) for data, key in zip(new.data, keys, strict=False)]
 
     def _record(self, job: Job[..., Any], new: NewJobs, data: str, key: str | None) -> JobHandle:
         enqueued = _enqueued(job, new, data, id=next_id())
@@ -186,7 +200,7 @@ def recording() -> Iterator[Recording]:
 
 
 def _enqueued(job: Job[..., Any], new: NewJobs, data: str, *, id: int) -> EnqueuedJob:
-    now = datetime.now(timezone.utc)
+    new, now = _by_the_clock(new), datetime.now(timezone.utc)
     is_later = new.delay_seconds > 0 if new.run_at is None else new.run_at > now + ahead(current.stage)
     run_at = new.run_at if new.run_at is not None else now + timedelta(seconds=new.delay_seconds)
     return EnqueuedJob(
@@ -211,15 +225,11 @@ class _Joined(_Stage):
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
-        self._connection = connection
+        self.connection = connection
         self.ended: list[ledger.Ended] = []
 
-    @property
-    def connection(self) -> Any:
-        return self._connection
-
-    def take(self, job: Job[..., Any], batches: Sequence[NewJobs]) -> list[JobHandle] | None:
-        return None
+    def enqueue(self, job: Job[..., Any], new: NewJobs, *, connection: Any) -> list[JobHandle]:
+        return _store(job, new, self.connection if connection is None else connection)
 
     def lender(self, settings: config.Settings) -> Any:
         return _Lender(self)
@@ -310,12 +320,6 @@ class Clock(_Stage):
         if moved < timedelta():
             raise OptionError(f"the clock is moved by {moved}; allowed: forward only")
         self._moved += moved
-
-    def retime(self, new: NewJobs) -> NewJobs:
-        # What is due at once stays so, and an instant that was named is one of any clock.
-        if new.run_at is None and new.delay_seconds:
-            new = new._replace(delay_seconds=new.delay_seconds + self._moved.total_seconds())
-        return super().retime(new)
 
 
 @contextlib.contextmanager
