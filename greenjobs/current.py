@@ -18,7 +18,7 @@ from greenjobs.errors import NoCurrentJob
 if TYPE_CHECKING:
     from greenjobs.policy import Policy
     from greenjobs.pool import ConnectionPool
-    from greenjobs.storage import ClaimedJob
+    from greenjobs.storage import ClaimedJob, NewJobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +196,27 @@ def database_rooms() -> tuple[Any, Any]:
     return pool, storage
 
 
+class Stage(Protocol):
+    """What stands between enqueuing and the database in the tests of an application: `greenjobs.testing` has them."""
+
+    def enqueue(self, job: Any, new: NewJobs, *, connection: Any) -> list[Any]:
+        """Do whatever is done with these jobs, and return their handles; `connection` is what the call named."""
+
+    def lender(self, settings: config.Settings) -> ConnectionPool:
+        """The connections of whoever is not inside a job."""
+
+
+#: Nothing, wherever jobs are not tested. Of the whole process, for a view may be tested that runs in another thread.
+stage: Stage | None = None
+
+
 def lender(settings: config.Settings) -> ConnectionPool:
     """The connections to enqueue on: those of the runner inside a job, else those of the process."""
     attempt = _attempt.get(None)
     if attempt is not None:
         return attempt.place.pool
+    if stage is not None:
+        return stage.lender(settings)
     pool, _ = database_rooms()
     shared: ConnectionPool = pool.shared_pool(settings)
     return shared

@@ -15,7 +15,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
-from datetime import datetime, timezone
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ import gevent
 
 from greenjobs import events
 from greenjobs.current import Attempt, Place, enter_attempt
+from greenjobs.error_record import error_record
 from greenjobs.errors import JobCancelled, JobControl, JobExpired, JobHardTimeout, JobTimeout
 from greenjobs.job import Job
 from greenjobs.policy import Verdict, judge
@@ -38,9 +38,6 @@ _SLICE_SECONDS = 0.001
 
 # A job that was told to end and goes on for so long is reported as stuck.
 _OBEDIENCE_SECONDS = 5.0
-
-_LONGEST_MESSAGE = 2_000
-_LONGEST_TRACEBACK = 8_000
 
 
 class Executor:
@@ -245,7 +242,7 @@ class Executor:
         except Exception:  # a filter or a handler of the application's
             sys.stderr.write(f"job {attempt.row.id} ({attempt.job.name}): {verdict.outcome}; logging it failed\n")
         if verdict.outcome in ("failed", "retried"):
-            record = _error_record(error, attempt.number, self._runner_name)
+            record = error_record(error, attempt.number, self._runner_name)
             self._failed(Failure(fence, verdict.retry_in, record))
         elif verdict.outcome == "snoozed":
             self._snoozed(Snoozed(fence, verdict.retry_in or 0.0))
@@ -323,25 +320,3 @@ def _log_keys(attempt: Attempt) -> dict[str, Any]:
         "attempt": attempt.number,
         "duration_ms": round((time.perf_counter() - attempt.started) * 1000, 3),
     }
-
-
-def _error_record(error: BaseException, attempt: int, runner_name: str) -> dict[str, Any]:
-    """The error as it is kept on the row. PostgreSQL's JSON has no NUL and no lone surrogates; messages may."""
-    try:
-        summary = traceback.TracebackException.from_exception(error)
-        message, trace = str(summary), "".join(summary.format())  # also for errors whose own __str__ fails
-    except Exception as failure:  # for example a SyntaxError that does not say where
-        message = f"the error cannot be shown: {type(failure).__name__}"
-        trace = "".join(traceback.format_tb(error.__traceback__))
-    return {
-        "at": datetime.now(timezone.utc).isoformat(),
-        "attempt": attempt,
-        "error": type(error).__qualname__,
-        "message": _storable(message)[:_LONGEST_MESSAGE],
-        "traceback": _storable(trace)[-_LONGEST_TRACEBACK:],
-        "runner": runner_name,
-    }
-
-
-def _storable(text: str) -> str:
-    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()

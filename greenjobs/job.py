@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
-from greenjobs import config, expiry, policy
+from greenjobs import config, current, expiry, policy
 from greenjobs.cron import Timetable
 from greenjobs.current import database_rooms, lender
 from greenjobs.errors import (
@@ -149,6 +149,17 @@ class Job(Generic[P, R]):
         """
         return self._plain_call.delay_many(calls)
 
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+        """As delay, for coroutines of asyncio: the event loop goes on while a thread waits for the database.
+
+        The arguments are encoded before that. A call that is cancelled meanwhile may have been enqueued all the same.
+        """
+        return await self._plain_call.adelay(*args, **kwargs)
+
+    async def adelay_many(self, calls: Iterable[Any]) -> list[JobHandle]:
+        """As delay_many, for coroutines; see adelay."""
+        return await self._plain_call.adelay_many(calls)
+
     def options(
         self,
         *,
@@ -263,6 +274,22 @@ class Call(Generic[P]):
     def delay_many(self, calls: Iterable[Any]) -> list[JobHandle]:
         """As Job.delay_many."""
         settings = config.current()
+        encoded = self._encoded(settings, calls)
+        return self._enqueue(settings, encoded) if encoded else []
+
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
+        """As Job.adelay."""
+        settings = config.current()
+        data = self._job.codec.encode(args, kwargs, max_bytes=settings.max_payload_bytes)
+        return (await _in_thread(self._enqueue, settings, [data]))[0]
+
+    async def adelay_many(self, calls: Iterable[Any]) -> list[JobHandle]:
+        """As Job.adelay_many."""
+        settings = config.current()
+        encoded = self._encoded(settings, calls)
+        return await _in_thread(self._enqueue, settings, encoded) if encoded else []
+
+    def _encoded(self, settings: config.Settings, calls: Iterable[Any]) -> list[str]:
         encode = self._job.codec.encode_item
         encoded = []
         for place, call in enumerate(calls):
@@ -272,7 +299,12 @@ class Call(Generic[P]):
                 raise PayloadError(f"call {place} of {self._job.name}: {error}", path=error.path) from error
             except TypeError as error:
                 raise TypeError(f"call {place} of {self._job.name}: {error}") from error
-        return self._enqueue(settings, encoded) if encoded else []
+        return encoded
+
+    def prepare(self, *args: P.args, **kwargs: P.kwargs) -> tuple[Job[P, Any], NewJobs]:
+        """What `delay` would enqueue, for a test that runs it without."""
+        data = self._job.codec.encode(args, kwargs, max_bytes=config.current().max_payload_bytes)
+        return self._job, self._new_jobs(database_rooms()[1], [data])
 
     def enqueue_data(self, data: str, *, tick_at: datetime) -> JobHandle:
         """Enqueue a call whose arguments are JSON already, as a schedule keeps them, for this tick of it."""
@@ -281,6 +313,9 @@ class Call(Generic[P]):
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
         pool, storage = database_rooms()
+        if current.stage is not None:  # in the tests of an application
+            new = self._new_jobs(storage, data)
+            return current.stage.enqueue(self._job, new, connection=self._options.connection)
         try:
             if self._options.connection is not None:
                 connection = pool.raw_connection(self._options.connection)
@@ -337,6 +372,12 @@ def _with_keys(storage: Any, new: NewJobs, rule: Uniqueness) -> NewJobs:
             merge=rule.merger(config.current().max_payload_bytes),
         ),
     )
+
+
+async def _in_thread(call: Callable[..., R], *args: Any) -> R:
+    import asyncio  # not at the top: it brings ssl along, and whoever awaits has it
+
+    return await asyncio.to_thread(call, *args)
 
 
 @overload

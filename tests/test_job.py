@@ -317,6 +317,9 @@ _RIGHT_CALLS = """
     at: JobHandle = bare.options(run_at=datetime.now(timezone.utc)).delay("a")
     many: list[JobHandle] = bare.delay_many([("a",), {"to": "b", "copies": 2}])
     emails: list[JobHandle] = full.options(delay=1).delay_many(Email(to) for to in "ab")
+
+    async def view() -> tuple[JobHandle, list[JobHandle]]:
+        return await bare.adelay("a", copies=2), await full.options(delay=1).adelay_many([Email("a")])
 """
 
 _DECLARATION = """
@@ -338,6 +341,8 @@ _WRONG_CALLS = {
     "a_run_at_of_another_type": "send.options(run_at='tomorrow')",
     "an_unknown_setting": "job(prioritty=1)",
     "a_wrong_direct_call": "send(5)",
+    "an_awaited_argument_of_another_type": "send.adelay(5)",
+    "a_keyword_of_another_type_awaited": "send.options(priority=1).adelay('a', copies='two')",
     "a_handle_used_as_a_result": "x: int = send.delay('a')",
 }
 

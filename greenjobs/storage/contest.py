@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg2 import errors
 
+from greenjobs.storage.transaction import undone_alone
+
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
@@ -37,7 +39,8 @@ def to_waiting(connection: Connection, ids: Sequence[int], statement: str, param
     for round in range(CONTEST_ROUNDS):
         with connection.cursor() as cursor:
             try:
-                cursor.execute(statement, parameters)
+                with undone_alone(connection):
+                    cursor.execute(statement, parameters)
                 return {row[0] for row in cursor.fetchall()}
             except errors.UniqueViolation:
                 if round == CONTEST_ROUNDS - 1:

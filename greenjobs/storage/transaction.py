@@ -15,7 +15,10 @@ CHANNEL = "greenjobs"
 
 @contextlib.contextmanager
 def atomic(connection: Connection) -> Iterator[None]:
-    """Make what is done on an autocommit connection inside one transaction."""
+    """Make what is done on an autocommit connection inside one transaction; join the one that another has."""
+    if not connection.autocommit:
+        yield
+        return
     connection.autocommit = False
     try:
         with connection:
@@ -23,3 +26,20 @@ def atomic(connection: Connection) -> Iterator[None]:
     finally:
         if not connection.closed:
             connection.autocommit = True
+
+
+@contextlib.contextmanager
+def undone_alone(connection: Connection) -> Iterator[None]:
+    """Have an error inside undo no more than the statement that it came from, in a transaction, too."""
+    if connection.autocommit:
+        yield
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("SAVEPOINT greenjobs_statement")
+        try:
+            yield
+        except BaseException:
+            cursor.execute("ROLLBACK TO SAVEPOINT greenjobs_statement")
+            raise
+        finally:
+            cursor.execute("RELEASE SAVEPOINT greenjobs_statement")
