@@ -102,5 +102,16 @@ class JobCancelled(JobControl):
     """Raised in a running job that somebody cancelled; it does not run again, whatever the job does about it."""
 
 
+class JobLost(JobControl):
+    """The job is no longer this runner's, so that it cannot complete: its transaction was rolled back.
+
+    Somebody else runs it, or it is gone. Raised at the end of a block of `current_job.transaction()`.
+    """
+
+
+class CompletionError(GreenjobsError, RuntimeError):
+    """`current_job.transaction()` was used in a way in which the job cannot complete; the block is rolled back."""
+
+
 class UnknownSchedule(GreenjobsError):
     """A name that no schedule in the database has."""

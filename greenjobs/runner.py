@@ -170,7 +170,7 @@ class RunnerHandle:
         enqueue_pool = pool.shared_pool(runner.settings, runner.database_url)
         self.workers: Mapping[str, Worker] = {
             queue: Worker(
-                Place(queue, runner.context, enqueue_pool),
+                Place(queue, runner.context, enqueue_pool, self._service.runner_ids),
                 pool=int(options["pool"]),
                 poll_interval=options["poll_interval"],
                 read_ahead=runner.settings.read_ahead,
