@@ -85,7 +85,7 @@ class Transaction:
 
     def joined(self) -> Any:
         """What to enqueue on here, for it to be part of this transaction; None when it is not open, or not here."""
-        if self._state is not _State.OPEN or gevent.getcurrent() is not self._attempt.greenlet:
+        if self._state is not _State.OPEN or not _is_here(self._attempt):
             return None
         return self._given if self._lent is None else self._lent
 
@@ -144,7 +144,7 @@ class Transaction:
     def _refuse_misuse(self) -> None:
         attempt = self._attempt
         subject = f"job {attempt.row.id} ({attempt.row.job_type})"
-        if gevent.getcurrent() is not attempt.greenlet:
+        if not _is_here(attempt):
             raise CompletionError(
                 f"{subject} calls current_job.transaction() in a greenlet or thread that it started; only the job's "
                 f"own can complete it, as it ends when its function returns"
@@ -173,8 +173,15 @@ class Transaction:
                 f"job {row.id} ({row.job_type}): what current_job.transaction() was given has been committed or rolled "
                 f"back inside the block; take out what does so, or what was written before may be written twice"
             )
+        known = self._attempt.place.runner_ids
         try:
-            return bool(storage.acknowledge(connection, self._attempt.place.runner_ids, [Fence(row.id, row.attempt)]))
+            while True:
+                runners = tuple(known)
+                if storage.acknowledge(connection, runners, [Fence(row.id, row.attempt)]):
+                    return True
+                # It may be held under an id that this process got while the statement was on its way.
+                if runners == tuple(known):
+                    return False
         except Exception as error:
             if getattr(error, "pgcode", None) != _UNDEFINED_TABLE:
                 raise
@@ -231,3 +238,8 @@ class Transaction:
         if not callable(end):  # a cursor
             end = getattr(pool.raw_connection(self._given), how)
         end()
+
+
+def _is_here(attempt: CompletingAttempt) -> bool:
+    """Whether this is the greenlet that the function of the job was called in; outside a runner it has none."""
+    return attempt.greenlet is None or gevent.getcurrent() is attempt.greenlet
