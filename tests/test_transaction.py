@@ -505,6 +505,33 @@ def test_runner_that_got_another_id_completes_what_it_claimed_under_the_former(d
     assert notes(database) == ["attempt 1"]
 
 
+def test_job_that_is_adopted_while_its_completion_is_on_its_way_completes(
+    database: running.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statement was sent with the ids of before, and reaches a row that is held under a new one."""
+    original = storage.acknowledge
+    calls = []
+
+    def adopt_meanwhile(connection: Any, runners: Any, done: Any) -> set[int]:
+        if not connection.autocommit and not calls:
+            calls.append(runners)
+            database.rows("UPDATE background_jobs SET claimed_by = 1000000")
+            handle._service.runner_ids.append(1000000)
+        return original(connection, runners, done)
+
+    monkeypatch.setattr(storage, "acknowledge", adopt_meanwhile)
+
+    @job
+    def work() -> None:
+        with current_job.transaction() as connection:
+            write(connection, f"attempt {current_job.attempt}")
+
+    work.delay()
+    handle = Runner().register(work).shutdown_when_queue_empty().start()
+    assert handle.wait_for_shutdown(running.PATIENCE_SECONDS)
+    assert (len(calls), notes(database), database.count()) == (1, ["attempt 1"], 0)
+
+
 # --- after it has completed -------------------------------------------------------------------------------------------
 
 
