@@ -7,13 +7,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from processes import PATIENCE_SECONDS
-from psycopg2 import OperationalError, extras
+from psycopg2 import extras
 from waiting import eventually
 
 from .arena import Arena, RunnerProcess
 
 # The last --app counts; and nobody is given up here, however many runners died.
 OPTIONS = ("--app", "faults.accounts", "--pool", "20", "--max-crashes", "1000", "--poll-interval", "0.2")
+
+_COULD_NOT_START = 2  # greenjobs.cli
 
 _ACCOUNTS = 100
 _BALANCE = 1_000
@@ -98,7 +100,7 @@ class Bank:
             self._strike(self._random.choice(_FAULTS), at_work, self._random.randrange(runners))
 
     def _left(self) -> bool:
-        return bool(self.arena.ledger.jobs("SELECT FROM background_jobs LIMIT 1"))
+        return bool(self.arena.ledger.jobs("SELECT id FROM background_jobs LIMIT 1"))
 
     def _strike(self, fault: str, at_work: list[RunnerProcess], victim: int) -> None:
         if fault == "killed":
@@ -110,8 +112,8 @@ class Bank:
         else:
             self.faults[fault] += len(self.arena.ledger.jobs(_TERMINATE_SOME, {"count": 3}))
         for place, runner in enumerate(at_work):
-            if not runner.process.is_running:  # it met a fault while it started, says so, and is started again
-                assert OperationalError.__name__ in runner.process.output or "cannot" in runner.process.output
+            if not runner.process.is_running:  # it met a fault while it started, said so, and is started again
+                assert runner.process.wait() == _COULD_NOT_START, runner.process.output
                 at_work[place] = self.arena.start_runner(*OPTIONS)
 
     def check(self) -> int:
