@@ -6,6 +6,7 @@ one that held up the others would keep them, and itself, from ever ending.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ APPLICATION = """
     from collections import Counter
     from email.message import EmailMessage
 
+    import gevent, gevent.monkey
     import psycopg2, psycopg2.pool, requests, sqlalchemy, urllib3
     from greenjobs import config, job
 
@@ -119,7 +121,7 @@ APPLICATION = """
 
     @job(queue="subprocess", max_retries=0)
     def with_subprocess(number):
-        script = f"touch began/{number}; while [ ! -e gate ]; do sleep 0.1; done; echo {number}"
+        script = f"touch began/{number}; read go < gate; echo {number}"
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
         assert done.stdout == f"{number}\\n"
 
@@ -159,6 +161,15 @@ APPLICATION = """
 
         with concurrent.futures.ThreadPoolExecutor(2) as executor:
             assert list(executor.map(work, "ab")) == [("a", number), ("b", number)]
+
+    def wait_as_c_code_does(number):
+        open(f"blocked/{number}", "w").close()
+        while not os.path.exists("blocked/gate"):
+            gevent.monkey.get_original("time", "sleep")(0.02)
+
+    @job(queue="native", max_retries=0)
+    def with_native(number):
+        gevent.get_hub().threadpool.apply(wait_as_c_code_does, (number,))
 """
 
 BY_HTTP = ("requests", "urllib3", "boto3")
@@ -248,6 +259,8 @@ def site(server_url: str, migrated_template: str, tmp_path_factory: pytest.TempP
     folder, meeting, mails = tmp_path_factory.mktemp("legacy"), Meeting(), list[str]()
     processes.write_application(folder, APPLICATION)
     (folder / "began").mkdir()
+    os.mkfifo(folder / "gate")
+    (folder / "blocked").mkdir()
     http, smtp = serve_http(meeting), serve_smtp(meeting, mails)
     http.start()
     smtp.start()
@@ -312,8 +325,21 @@ def test_programs_run_at_once(site: Site) -> None:
     site.enqueue("subprocess")
     began = site.folder / "began"
     eventually(lambda: len(list(began.iterdir())) == AT_ONCE, "not all begin", seconds=processes.PATIENCE_SECONDS)
-    (site.folder / "gate").touch()
-    site.wait_until_done("subprocess")
+    with (site.folder / "gate").open("w") as gate:
+        gate.write("\n" * AT_ONCE)
+        gate.flush()
+        site.wait_until_done("subprocess")
+
+
+def test_native_threads_keep_others_free(site: Site) -> None:
+    """What the page advises for code that waits outside of gevent: ten of it at a time, and all other jobs go on."""
+    site.enqueue("native")
+    blocked = site.folder / "blocked"
+    eventually(lambda: len(list(blocked.iterdir())) == 10, "not ten at a time", seconds=processes.PATIENCE_SECONDS)
+    site.enqueue("time")
+    site.wait_until_done("time")
+    (blocked / "gate").touch()
+    site.wait_until_done("native")
 
 
 def test_page_names_what_is_tested_here() -> None:
