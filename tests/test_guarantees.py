@@ -171,8 +171,8 @@ def test_three_runners_never_run_a_job_twice(site: Site) -> None:
 
 
 def test_transfer_is_made_once_wherever_its_runner_is_killed(site: Site) -> None:
-    """What a job writes in a block of `current_job.transaction()`, the jobs that it enqueues there, and its own end happen
-    together, exactly once.
+    """What a job writes in a block of `current_job.transaction()`, the jobs that it enqueues there, and its own end
+    happen together, exactly once.
     """
     site.enqueue("transfer.delay('before', 'inside', 'after')")
     for place in ("before", "inside", "after"):

@@ -66,8 +66,8 @@ def register_runner(
     """Register a runner whose life is that of this connection's session, or that of its lease; returns its id.
 
     The row is committed when the session holds its lock, so nobody ever sees the one without the other. A process that
-    lost its session gives its `former` ids, and keeps the jobs that were not taken from it meanwhile. `before_commit` is
-    called with the id before any of them can be found under it.
+    lost its session gives its `former` ids, and keeps the jobs that were not taken from it meanwhile. `before_commit`
+    is called with the id before anything can be found under it.
     """
     with atomic(connection), connection.cursor() as cursor:
         cursor.execute(
