@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from greenjobs.config import configure
 from greenjobs.control import Discard, Retry, Snooze
-from greenjobs.current import current_job
+from greenjobs.current import connection, current_job
 from greenjobs.errors import GreenjobsError
 from greenjobs.handle import JobHandle
 from greenjobs.job import job
@@ -28,6 +28,7 @@ __all__ = [
     "Snooze",
     "__version__",
     "configure",
+    "connection",
     "current_job",
     "job",
 ]

@@ -92,6 +92,10 @@ class Acknowledger:
         fences += [snoozed.fence for snoozed in self.snoozed.pending]
         return {fence.id for fence in fences}
 
+    def note_completed(self, fence: Fence) -> None:
+        """Nothing is to be written: the job has done so itself, in its own transaction."""
+        self._on_settled({fence.id})
+
     def wait_empty(self) -> None:
         """Block until every outcome so far is in the database."""
         for group in self._groups:

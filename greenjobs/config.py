@@ -288,6 +288,16 @@ class Settings:
     enqueue_connections: int = _option(
         10, _number(int, "a whole number", 1, 10_000), "The most connections that one process opens for enqueuing."
     )
+    job_connections: int = _option(
+        10,
+        _number(int, "a whole number", 1, 10_000),
+        "The most connections that one process opens for the code of jobs: `greenjobs.connection()`.",
+    )
+    job_connection_timeout: float = _option(
+        30.0,
+        _number(float, "a number of seconds", 0.01, 86_400),
+        "Seconds that the code of a job waits for one of them.",
+    )
     default_queue: str = _option(
         "default",
         _Kind(queue_name, "a name of 1 to 100 printable characters without spaces, colons, commas and equals signs"),

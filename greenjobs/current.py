@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,6 +17,11 @@ from greenjobs import config
 from greenjobs.errors import NoCurrentJob
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from psycopg2.extensions import connection as Connection
+
+    from greenjobs.completion import Transaction
     from greenjobs.policy import Policy
     from greenjobs.pool import ConnectionPool
     from greenjobs.storage import ClaimedJob, NewJobs
@@ -37,11 +43,15 @@ class JobRow:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on."""
+    """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on.
+
+    `runner_ids` are those under which this process may have claimed its jobs; they become more.
+    """
 
     queue: str
     context: Any
     pool: ConnectionPool
+    runner_ids: Sequence[int] = ()
 
 
 class Declaration(Protocol):
@@ -56,9 +66,12 @@ class Declaration(Protocol):
 
 
 class Attempt:
-    """One attempt of one job, while it runs. Made by the worker; shown by `current_job`."""
+    """One attempt of one job, while it runs. Made by the worker; shown by `current_job`.
 
-    __slots__ = ("greenlet", "interrupted_by", "job", "place", "row", "started")
+    `completion` is the transaction in which it completes, or has completed, if there is one.
+    """
+
+    __slots__ = ("completion", "greenlet", "interrupted_by", "job", "place", "row", "started")
 
     def __init__(self, job: Declaration, row: ClaimedJob, place: Place, greenlet: Any) -> None:
         self.job = job
@@ -67,6 +80,7 @@ class Attempt:
         self.greenlet = greenlet
         self.started = 0.0
         self.interrupted_by: BaseException | None = None
+        self.completion: Transaction | None = None
 
     @property
     def max_retries(self) -> int:
@@ -174,6 +188,16 @@ class CurrentJob:
             created_at=datetime.fromtimestamp(row.created_at, timezone.utc),
         )
 
+    def transaction(self, connection: Any = None) -> AbstractContextManager[Any]:
+        """A `with` block at whose end the job completes, in one transaction with all that was written in the block.
+
+        Yields a psycopg2 connection from the pool for job code; or `connection`, as for `.options(connection=…)`, of
+        the caller's. Jobs that are enqueued in the block are part of it. An error rolls back, and fails the attempt
+        like any other. Raises JobLost when the job is somebody else's by then, CompletionError when it has completed
+        already, and whatever the database says; in all cases nothing was written, unless the answer to COMMIT was lost.
+        """
+        return completion_room().Transaction(_running(), connection)  # type: ignore[no-any-return]
+
 
 current_job = CurrentJob()
 
@@ -208,6 +232,34 @@ class Stage(Protocol):
 
 #: Nothing, wherever jobs are not tested. Of the whole process, for a view may be tested that runs in another thread.
 stage: Stage | None = None
+
+
+@functools.cache
+def completion_room() -> Any:
+    """`greenjobs.completion`, which needs psycopg2 and gevent."""
+    from greenjobs import completion
+
+    return completion
+
+
+def connection() -> AbstractContextManager[Connection]:
+    """Lend a psycopg2 connection for a `with` block: committed at its end, rolled back after an error.
+
+    It leads to the database that holds the jobs. Inside a job and elsewhere, one process lends `job_connections` of
+    them at most; whoever finds all of them busy waits, for `job_connection_timeout` seconds at most, and gets
+    DatabaseUnavailable then.
+    """
+    from greenjobs import lending
+
+    attempt = _attempt.get(None)
+    database_url = None if attempt is None else attempt.place.pool.database_url
+    return lending.Lent(lending.job_pool(config.current(), database_url))
+
+
+def joined() -> Any:
+    """The connection of the transaction in which the job that runs here is about to complete; None if it is in none."""
+    attempt = _attempt.get(None)
+    return None if attempt is None or attempt.completion is None else attempt.completion.joined()
 
 
 def lender(settings: config.Settings) -> ConnectionPool:

@@ -110,5 +110,16 @@ class JobExpired(JobControl):
     """Never raised in a job: the `error` of the event that tells of a job that had not started when it expired."""
 
 
+class JobLost(JobControl):
+    """The job is no longer this runner's, so that it cannot complete: its transaction was rolled back.
+
+    Somebody else runs it, or it is gone. Raised at the end of a block of `current_job.transaction()`.
+    """
+
+
+class CompletionError(GreenjobsError, RuntimeError):
+    """`current_job.transaction()` was used in a way in which the job cannot complete; the block is rolled back."""
+
+
 class UnknownSchedule(GreenjobsError):
     """A name that no schedule in the database has."""

@@ -23,13 +23,22 @@ import gevent
 from greenjobs import events
 from greenjobs.current import Attempt, Place, enter_attempt
 from greenjobs.error_record import error_record
-from greenjobs.errors import JobCancelled, JobControl, JobExpired, JobHardTimeout, JobTimeout
+from greenjobs.errors import (
+    JobCancelled,
+    JobControl,
+    JobExpired,
+    JobHardTimeout,
+    JobInterrupted,
+    JobLost,
+    JobTimeout,
+)
 from greenjobs.job import Job
 from greenjobs.policy import Verdict, judge
 from greenjobs.storage import ClaimedJob, Failure, Fence, Snoozed, claim_order
 
 if TYPE_CHECKING:
     from greenjobs.acknowledger import Acknowledger
+    from greenjobs.completion import Transaction
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +77,7 @@ class Executor:
         self._failed = acknowledger.failed.add
         self._interrupted = acknowledger.interrupted.add
         self._snoozed = acknowledger.snoozed.add
+        self._completed = acknowledger.note_completed
         self._on_room = on_room
         self._ready: deque[ClaimedJob] = deque()
         self._carriers = 0
@@ -213,11 +223,12 @@ class Executor:
             job.function(*args, **kwargs)
             if isinstance(attempt.interrupted_by, (JobCancelled, JobHardTimeout)):
                 raise attempt.interrupted_by
+            done = self._done if attempt.completion is None else self._end_completion(attempt.completion)
         except BaseException as error:  # a job may raise anything; SystemExit and GreenletExit are failures, too
             # Without the first frame, which is this one.
             self._settle_raised(attempt, error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
         else:
-            self._done(Fence(row.id, row.attempt))
+            done(Fence(row.id, row.attempt))
             if events.handlers:
                 self._publish(attempt, Verdict("done"), None)
             if logger.isEnabledFor(logging.DEBUG):
@@ -230,12 +241,22 @@ class Executor:
             self.busy_seconds += time.perf_counter() - started
             self._on_room()
 
+    def _end_completion(self, completion: Transaction) -> Callable[[Fence], None]:
+        completion.end()
+        return self._completed
+
     def _settle_raised(self, attempt: Attempt, error: BaseException) -> None:
         # Whatever came out of a job that was told to end: psycopg2 wraps what is raised while it waits, and tidying up
         # may fail in its own ways.
         if isinstance(attempt.interrupted_by, JobControl):
             error = attempt.interrupted_by
-        verdict = judge(attempt.job.policy, error, failures=attempt.row.retries + 1, max_retries=attempt.max_retries)
+        if attempt.completion is not None:
+            attempt.completion.abandon()
+        if attempt.completion is not None and attempt.completion.is_committed:
+            verdict = Verdict("done")  # and whatever it raised afterwards changes nothing
+        else:
+            policy, failures = attempt.job.policy, attempt.row.retries + 1
+            verdict = judge(policy, error, failures=failures, max_retries=attempt.max_retries)
         fence = Fence(attempt.row.id, attempt.row.attempt)
         try:
             _log(attempt, verdict, error)
@@ -244,7 +265,9 @@ class Executor:
         if verdict.outcome in ("failed", "retried"):
             record = error_record(error, attempt.number, self._runner_name)
             self._failed(Failure(fence, verdict.retry_in, record))
-        elif verdict.outcome == "snoozed":
+        elif verdict.outcome == "done":
+            self._completed(fence)
+        elif verdict.outcome == "snoozed" or verdict.retry_in is not None:
             self._snoozed(Snoozed(fence, verdict.retry_in or 0.0))
         elif verdict.outcome == "interrupted":
             self._interrupted(fence)
@@ -291,6 +314,15 @@ def _log(attempt: Attempt, verdict: Verdict, error: BaseException) -> None:
             exc_info=error,
             extra=keys,
         )
+    elif verdict.outcome == "done" and not isinstance(error, (JobInterrupted, JobCancelled)):
+        logger.error(
+            "job %s (%s) raised after it had completed in its own transaction: it is done, and not tried again",
+            *(row.id, row.job_type),
+            exc_info=error,
+            extra=keys,
+        )
+    elif isinstance(error, JobLost):
+        logger.warning("%s", error, extra=keys)
     elif verdict.outcome == "interrupted":
         logger.warning("job %s (%s) was interrupted and is given back", row.id, row.job_type, extra=keys)
     elif verdict.outcome == "expired":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from greenjobs import config, current, expiry, policy
 from greenjobs.cron import Timetable
-from greenjobs.current import database_rooms, lender
+from greenjobs.current import database_rooms, joined, lender
 from greenjobs.errors import (
     ConfigError,
     JobDefinitionError,
@@ -317,8 +317,9 @@ class Call(Generic[P]):
             new = self._new_jobs(storage, data)
             return current.stage.enqueue(self._job, new, connection=self._options.connection)
         try:
-            if self._options.connection is not None:
-                connection = pool.raw_connection(self._options.connection)
+            given = self._options.connection if self._options.connection is not None else joined()
+            if given is not None:
+                connection = pool.raw_connection(given)
                 # In autocommit every statement commits by itself, so all or nothing takes a single one.
                 batches = self._batches(storage, data, len(data) if connection.autocommit else BATCH_SIZE)
                 enqueued = storage.enqueue_inside(connection, batches)

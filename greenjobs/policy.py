@@ -17,6 +17,7 @@ from greenjobs.errors import (
     JobExpired,
     JobHardTimeout,
     JobInterrupted,
+    JobLost,
     JobTimeout,
     OptionError,
     PayloadMismatch,
@@ -24,6 +25,9 @@ from greenjobs.errors import (
 from greenjobs.events import Handler, Outcome
 
 logger = logging.getLogger(__name__)
+
+# A job that lost its row has it still when its transaction went to another database: not at once again, then.
+_LOST_SECONDS = 60.0
 
 LONGEST_TIMEOUT_SECONDS = 366 * 24 * 60 * 60.0
 
@@ -104,6 +108,8 @@ def judge(policy: Policy, error: BaseException, *, failures: int, max_retries: i
     """What becomes of a job whose attempt ended with this error. `failures` counts this one, if it is one."""
     if isinstance(error, JobInterrupted):
         return Verdict("interrupted")
+    if isinstance(error, JobLost):
+        return Verdict("interrupted", _LOST_SECONDS)
     if isinstance(error, JobCancelled):
         return Verdict("cancelled")
     if isinstance(error, JobExpired):

@@ -25,6 +25,7 @@ from psycopg2 import extensions
 from greenjobs import config, embedded
 from greenjobs.errors import DatabaseUnavailable, OptionError
 from greenjobs.statement import PlanningConnection
+from greenjobs.waits import Waits
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -52,8 +53,11 @@ class ConnectionPool:
     """Up to `size` autocommit connections to one database.
 
     `wait_seconds` bounds all of: waiting for a free connection, and opening one. Opening is lazy. A forked child starts
-    with an empty pool; the parent's connections are left alone.
+    with an empty pool; the parent's connections are left alone. `waits` says how long callers waited for one to come
+    back; `setting` is what the settings call the size.
     """
+
+    connection_type: type[PlanningConnection] = PlanningConnection
 
     def __init__(
         self,
@@ -64,8 +68,10 @@ class ConnectionPool:
         application_name: str,
         session: Mapping[str, str] | None = None,
         answer_seconds: float | None = None,
+        setting: str | None = None,
     ) -> None:
         self.database_url = database_url
+        self.setting = setting
         self.answer_seconds = answer_seconds
         self.session = session
         self.size = size
@@ -98,6 +104,7 @@ class ConnectionPool:
         self._idle: list[PlanningConnection] = []
         self._waiting: deque[threading.Event] = deque()
         self._lent: dict[int, int] = {}
+        self.waits = Waits(self.setting)
 
     def take(self) -> PlanningConnection:
         """Take a connection out of the pool, to be given back by `give_back`; as `connection` does."""
@@ -138,12 +145,24 @@ class ConnectionPool:
                 timeout_seconds=max(deadline - time.monotonic(), 0.1),
                 session=self.session,
                 answer_seconds=self.answer_seconds,
+                connection_type=self.connection_type,
             )
         except BaseException:
             self._forget_one()
             raise
 
     def _wait_for(self, turn: threading.Event, deadline: float) -> None:
+        started, in_vain = time.monotonic(), True
+        try:
+            self._await_turn(turn, deadline)
+            in_vain = False
+        finally:
+            waited = time.monotonic() - started
+            with self._lock:
+                self.waits.add(waited, in_vain=in_vain)
+            self.waits.warn(waited, self.size)
+
+    def _await_turn(self, turn: threading.Event, deadline: float) -> None:
         try:
             if turn.wait(max(deadline - time.monotonic(), 0)):
                 return
@@ -162,7 +181,8 @@ class ConnectionPool:
                 return
         raise DatabaseUnavailable(
             f"all {self.size} connections to {config.redact(self.database_url)} stayed busy for "
-            f"{self.wait_seconds:g} s (application {self.application_name}); allow more of them, or hold them shorter"
+            f"{self.wait_seconds:g} s (application {self.application_name}); allow more of them"
+            f"{f' ({self.setting})' if self.setting else ''}, or hold them shorter"
         )
 
     def give_back(self, connection: PlanningConnection) -> None:
@@ -223,6 +243,7 @@ def connect(
     timeout_seconds: float,
     session: Mapping[str, str] | None = None,
     answer_seconds: float | None = None,
+    connection_type: type[PlanningConnection] = PlanningConnection,
 ) -> PlanningConnection:
     """Open an autocommit connection; starts the embedded server where the URL names one.
 
@@ -233,7 +254,7 @@ def connect(
     dsn = _libpq_dsn(database_url, application_name, timeout_seconds, answer_seconds)
     try:
         with _green_deadline(timeout_seconds):
-            connection = psycopg2.connect(dsn, connection_factory=PlanningConnection)
+            connection = psycopg2.connect(dsn, connection_factory=connection_type)
             try:
                 _require_version(connection, database_url)
                 _prepare(connection, session)
@@ -362,6 +383,7 @@ def shared_pool(settings: config.Settings, database_url: str | None = None) -> C
         pool = ConnectionPool(
             url,
             size=settings.enqueue_connections,
+            setting="enqueue_connections",
             wait_seconds=settings.enqueue_timeout,
             application_name="greenjobs",
             answer_seconds=settings.enqueue_timeout,

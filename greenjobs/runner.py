@@ -172,7 +172,7 @@ class RunnerHandle:
         enqueue_pool = pool.shared_pool(runner.settings, runner.database_url)
         self.workers: Mapping[str, Worker] = {
             queue: Worker(
-                Place(queue, runner.context, enqueue_pool),
+                Place(queue, runner.context, enqueue_pool, runner_ids=self._service.runner_ids),
                 pool=int(options["pool"]),
                 poll_interval=options["poll_interval"],
                 read_ahead=runner.settings.read_ahead,
@@ -226,7 +226,6 @@ class RunnerHandle:
     def session_began(self, runner: int) -> None:
         """Claim under this id from now on."""
         self.runner_id = runner
-        self._service.runner_ids.append(runner)
         for worker in self.workers.values():
             worker.claim_as(runner)
 
@@ -300,7 +299,9 @@ class RunnerHandle:
             version=__version__,
             queues=self.queues,
             job_types=self.job_types,
-            former=self._service.runner_ids,
+            former=tuple(self._service.runner_ids),
+            # What it adopts is to be known as its own before anybody sees it: an outcome may be on its way.
+            before_commit=self._service.runner_ids.append,
             lease_seconds=LEASE_SECONDS if self.session == "lease" else None,
         )
 

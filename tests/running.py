@@ -11,7 +11,7 @@ import psycopg2
 from waiting import eventually
 
 import greenjobs
-from greenjobs import pool
+from greenjobs import lending, pool
 from greenjobs.job import Job
 from greenjobs.runner import Runner, RunnerHandle
 
@@ -89,9 +89,10 @@ def application(url: str, **settings: Any) -> Iterator[Database]:
         greenjobs.configure()
         _job_module._registry.clear()  # type: ignore[attr-defined]
         _job_module._registry.update(declared)  # type: ignore[attr-defined]
-        shared = pool._shared_pools.pop(url, None)
-        if shared is not None:
-            shared.close()
+        for pools in (pool._shared_pools, lending._job_pools):
+            used = pools.pop(url, None)  # type: ignore[attr-defined]
+            if used is not None:
+                used.close()
         database.connection.close()
 
 

@@ -66,6 +66,8 @@ def test_without_any_source_every_option_has_its_default() -> None:
         "max_payload_bytes": 1024 * 1024,
         "enqueue_timeout": 5.0,
         "enqueue_connections": 10,
+        "job_connections": 10,
+        "job_connection_timeout": 30.0,
         "default_queue": "default",
         "log_level": "INFO",
         "schedules": (),

@@ -69,6 +69,20 @@ APPLICATION = """
         write(what)
 
     @job
+    def transfer(*places_to_die_at):
+        die_once("before", places_to_die_at)
+        with current_job.transaction() as connection, connection.cursor() as cursor:
+            cursor.execute("INSERT INTO notes VALUES (%s, 'transfer', %s)", (current_job.id, os.getpid()))
+            note.delay("receipt")
+            die_once("inside", places_to_die_at)
+        die_once("after", places_to_die_at)
+
+    def die_once(place, places):
+        if place in places and not os.path.exists(place):
+            open(place, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @job
     def wait_without_a_database(name):
         open(name, "w").close()
         while not os.path.exists("gate"):
@@ -154,6 +168,22 @@ def test_three_runners_never_run_a_job_twice(site: Site) -> None:
         site.enqueue("note.delay_many([(f'{number:03}',) for number in range(300)])")
         site.wait_until_no_jobs_are_left()
     assert site.notes() == [f"{number:03}" for number in range(300)]
+
+
+def test_transfer_is_made_once_wherever_its_runner_is_killed(site: Site) -> None:
+    """What a job writes in a block of `current_job.transaction()`, the jobs that it enqueues there, and its own end
+    happen together, exactly once.
+    """
+    site.enqueue("transfer.delay('before', 'inside', 'after')")
+    for place in ("before", "inside", "after"):
+        with site.start_runner("--max-crashes", "9") as runner:
+            assert runner.wait() == -signal.SIGKILL
+        assert (site.folder / place).exists()
+        assert (site.jobs("job_type = 'transfer'"), site.notes()) == (
+            (0, ["transfer"]) if place == "after" else (1, [])
+        )
+    site.work_off()
+    assert site.notes() == ["receipt", "transfer"]
 
 
 def test_job_shares_the_fate_of_the_transaction(site: Site) -> None:

@@ -1,8 +1,8 @@
 """Every statement that changes rows of jobs, runners and waiting workers.
 
-Each function takes an autocommit connection (or, to enqueue, the caller's own, in its transaction) and does one
-statement, so that nothing is ever half done. Changes to a claimed job are fenced by owner and attempt: they name the
-runner and the attempt they speak for, and leave alone a row that has moved on.
+Each function takes an autocommit connection (or, to enqueue and to complete, the caller's own, in its transaction)
+and does one statement, so that nothing is ever half done. Changes to a claimed job are fenced by owner and attempt:
+they name the runner and the attempt they speak for, and leave alone a row that has moved on.
 """
 
 from greenjobs.storage.cancellation import cancel, remove_cancelled
@@ -39,7 +39,7 @@ from greenjobs.storage.schedules import (
     pause_schedule,
     take_ticks,
 )
-from greenjobs.storage.transaction import CHANNEL, atomic
+from greenjobs.storage.transaction import CHANNEL, atomic, transaction_id
 from greenjobs.storage.unique import UniqueRule
 from greenjobs.storage.windows import prune_windows
 
@@ -89,6 +89,7 @@ __all__ = [
     "say_waiting",
     "snooze",
     "take_ticks",
+    "transaction_id",
     "unique_key",
     "wake",
     "wake_next",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
+from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller's connection makes by itself
 
 from greenjobs.statement import Statement
 from greenjobs.storage.contest import to_waiting
@@ -48,9 +49,10 @@ RETURNING job.id
 def acknowledge(connection: Connection, runners: Sequence[int], done: Sequence[Fence]) -> set[int]:
     """Delete finished jobs of a process that registered as these runners; returns the ids of those still held.
 
-    The others are left as they are.
+    The others are left as they are. On a connection that is not in autocommit it is part of the caller's transaction,
+    as when a job completes in its own: what it does, it has to do in the statement, or in that transaction.
     """
-    with connection.cursor() as cursor:
+    with connection.cursor(cursor_factory=TupleCursor) as cursor:
         _ACKNOWLEDGE.run(cursor, fence_parameters(runners, done))
         return {row[0] for row in cursor.fetchall()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import orjson
@@ -61,11 +61,13 @@ def register_runner(
     job_types: Sequence[str],
     former: Sequence[int] = (),
     lease_seconds: float | None = None,
+    before_commit: Callable[[int], None] | None = None,
 ) -> int:
     """Register a runner whose life is that of this connection's session, or that of its lease; returns its id.
 
     The row is committed when the session holds its lock, so nobody ever sees the one without the other. A process that
-    lost its session gives its `former` ids, and keeps the jobs that were not taken from it meanwhile.
+    lost its session gives its `former` ids, and keeps the jobs that were not taken from it meanwhile. `before_commit`
+    is called with the id before anything can be found under it.
     """
     with atomic(connection), connection.cursor() as cursor:
         cursor.execute(
@@ -80,6 +82,8 @@ def register_runner(
             },
         )
         (runner,) = cursor.fetchone() or (0,)
+        if before_commit is not None:
+            before_commit(runner)
         if lease_seconds is None:
             cursor.execute(_HOLD_SESSION, {"runner": runner})
         if former:

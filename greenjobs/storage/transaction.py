@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller's connection makes by itself
+
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
@@ -43,3 +45,16 @@ def undone_alone(connection: Connection) -> Iterator[None]:
             raise
         finally:
             cursor.execute("RELEASE SAVEPOINT greenjobs_statement")
+
+
+_TRANSACTION_ID = """
+SELECT txid_current()
+"""
+
+
+def transaction_id(connection: Connection) -> int:
+    """The number of the transaction of a caller's connection, which begins one if there is none."""
+    with connection.cursor(cursor_factory=TupleCursor) as cursor:
+        cursor.execute(_TRANSACTION_ID)
+        (number,) = cursor.fetchone() or (0,)
+    return int(number)

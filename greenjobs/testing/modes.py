@@ -12,14 +12,14 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from psycopg2 import extensions
 
 from greenjobs import config, current, pool, storage
 from greenjobs.current import lender
 from greenjobs.errors import OptionError
-from greenjobs.handle import JobHandle
+from greenjobs.handle import Action, JobHandle
 from greenjobs.job import Job
 from greenjobs.storage import NewJobs
 from greenjobs.testing import ledger
@@ -61,7 +61,7 @@ def _store(job: Job[..., Any], new: NewJobs, given: Any) -> list[JobHandle]:
         else:
             with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
                 enqueued = storage.enqueue(connection, [new])
-    return [JobHandle(id, job.name, action != "enqueued", action) for id, action in enqueued]
+    return [JobHandle(id, job.name, action != "enqueued", cast("Action", action)) for id, action in enqueued]
 
 
 def _by_the_clock(new: NewJobs) -> NewJobs:

@@ -105,10 +105,11 @@ def _die_at(function: str, place: str, count: int) -> None:
     def deadly(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == count and place == "before":
+        number = calls  # others may call it while this call is under way
+        if number == count and place == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*args, **kwargs)
-        if calls == count and place == "after":
+        if number == count and place == "after":
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

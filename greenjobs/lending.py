@@ -1,0 +1,130 @@
+"""Connections for the code of jobs: a pool of their own for each database, in psycopg2's ordinary transaction mode.
+
+They have nothing to do with the runner's own connections, nor with those for enqueuing: jobs that keep all of them busy
+hold up other jobs that want one, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import psycopg2
+from psycopg2 import errors, extensions
+
+from greenjobs import config
+from greenjobs.errors import CompletionError
+from greenjobs.pool import ConnectionPool
+from greenjobs.statement import PlanningConnection
+
+logger = logging.getLogger(__name__)
+
+
+class JobConnection(PlanningConnection):
+    """A connection that is lent to a job. While `is_completing`, only the end of the block ends the transaction."""
+
+    is_completing = False
+
+    def commit(self) -> None:
+        """Commit; refused in a block that does it at its end."""
+        self._refuse("commit")
+        super().commit()
+
+    def rollback(self) -> None:
+        """Roll back; refused in a block that does it at its end."""
+        self._refuse("rollback")
+        super().rollback()
+
+    def _refuse(self, what: str) -> None:
+        if self.is_completing:
+            raise CompletionError(
+                f"{what}() in a block of current_job.transaction(): what the block does and the end of the job are one "
+                f"transaction, which ends with the block; raise an error to roll it back, use SAVEPOINT for a part of "
+                f"it, and greenjobs.connection() for what is not to be in it"
+            )
+
+
+class JobPool(ConnectionPool):
+    """Lends connections with autocommit off, as psycopg2 makes them, and takes them back as they were."""
+
+    connection_type = JobConnection
+
+    def take(self) -> PlanningConnection:
+        """As in any pool; but with autocommit off."""
+        connection = super().take()
+        if connection.autocommit:  # fresh
+            connection.autocommit = False
+        return connection
+
+    def give_back(self, connection: PlanningConnection) -> None:
+        """As in any pool; what the borrower set on it is undone."""
+        if not connection.closed and connection.get_transaction_status() == extensions.TRANSACTION_STATUS_IDLE:
+            try:
+                _restore(connection)
+            except psycopg2.Error:  # it is broken, then, and the pool closes it
+                connection.close()
+        super().give_back(connection)
+
+
+def _restore(connection: PlanningConnection) -> None:
+    # In autocommit this says so to the server as well; otherwise it costs no round trip.
+    connection.set_session(isolation_level="default", readonly="default", deferrable="default", autocommit=False)
+    connection.cursor_factory = None  # type: ignore[assignment]  # what it is on a fresh connection
+    connection.notices.clear()
+
+
+class Lent:
+    """A connection for one `with` block, which ends with a commit, or after an error with a rollback."""
+
+    __slots__ = ("_connection", "_pool")
+
+    def __init__(self, pool: JobPool) -> None:
+        self._pool = pool
+
+    def __enter__(self) -> PlanningConnection:
+        self._connection = self._pool.take()
+        return self._connection
+
+    def __exit__(self, error_type: object, error: BaseException | None, trace: object) -> None:
+        connection = self._connection
+        try:
+            if error is None:
+                connection.commit()
+            elif not connection.closed:
+                roll_back(connection)
+        finally:
+            if isinstance(error, errors.ReadOnlySqlTransaction):
+                # The server may have become a standby: connections opened from now on go to the new primary.
+                self._pool.close()
+            self._pool.give_back(connection)
+
+
+def roll_back(connection: PlanningConnection) -> None:
+    """Roll back because of an error, which is what its caller has to hear of; a failure to do so closes the connection.
+
+    The server rolls back then, too.
+    """
+    try:
+        connection.rollback()
+    except psycopg2.Error as error:
+        logger.debug("rolling back failed: %s", error)
+        connection.close()
+
+
+_job_pools: dict[str, JobPool] = {}
+
+
+def job_pool(settings: config.Settings, database_url: str | None = None) -> JobPool:
+    """The pool of this process for the code of jobs, one for each database; made at its first use."""
+    url = database_url or settings.require_database_url()
+    pool = _job_pools.get(url)
+    if pool is None:
+        pool = JobPool(
+            url,
+            size=settings.job_connections,
+            setting="job_connections",
+            wait_seconds=settings.job_connection_timeout,
+            application_name="greenjobs job",
+        )
+        # Of two that race here, both use the one that was stored first.
+        pool = _job_pools.setdefault(url, pool)
+    return pool
