@@ -117,19 +117,6 @@ def undone(connection: Connection, ended: Sequence[tuple[Fence, int]]) -> set[Fe
         return {Fence._make(row) for row in cursor.fetchall()}
 
 
-_TRANSACTION_ID = """
-SELECT txid_current()
-"""
-
-
-def transaction_id(connection: Connection) -> int:
-    """Which transaction this is; the same inside of its savepoints."""
-    with connection.cursor() as cursor:
-        cursor.execute(_TRANSACTION_ID)
-        (id,) = cursor.fetchone() or (0,)
-        return int(id)
-
-
 # Never released: that would end the savepoints that came later with it, such as those of a session of SQLAlchemy's that
 # the job used and the test goes on with.
 def set_savepoint(connection: Connection) -> None:

@@ -152,7 +152,7 @@ class _Rehearsal:
             return
         connection = self._connection
         with plain_rows(connection):
-            before = rehearsal.transaction_id(connection)
+            before = storage.transaction_id(connection)
             rehearsal.set_savepoint(connection)
         yield
         if connection.closed:
@@ -164,7 +164,7 @@ class _Rehearsal:
                     rehearsal.back_to_savepoint(connection)
                 except errors.InvalidSavepointSpecification:
                     connection.rollback()
-            if rehearsal.transaction_id(connection) != before:
+            if storage.transaction_id(connection) != before:
                 raise DrainError(
                     f"job {row.id} ({row.job_type}) committed or rolled back the transaction that the test is using, "
                     f"so that nothing is left to roll back at the end; give the job a session that joins the "
