@@ -117,16 +117,38 @@ def undone(connection: Connection, ended: Sequence[tuple[Fence, int]]) -> set[Fe
         return {Fence._make(row) for row in cursor.fetchall()}
 
 
-# Never released: that would end the savepoints that came later with it, such as those of a session of SQLAlchemy's that
-# the job used and the test goes on with.
-def set_savepoint(connection: Connection) -> None:
-    """Mark the place in the transaction that `back_to_savepoint` goes back to."""
+# A row that is written says in which subtransaction: that is how to know which savepoint is the innermost.
+_TOUCH = """
+UPDATE background_jobs
+SET claimed_at = claimed_at
+WHERE id = %(id)s
+RETURNING xmin::text
+"""
+
+
+def set_savepoint(connection: Connection, job_id: int) -> str | None:
+    """Mark the place in the transaction that `back_to_savepoint` goes back to; returns what `drop_savepoint` takes."""
     _do(connection, "SAVEPOINT greenjobs_attempt")
+    return _touch(connection, job_id)
+
+
+def drop_savepoint(connection: Connection, job_id: int, mark: str | None) -> None:
+    """Forget the place, unless it is gone, or later savepoints would go with it, such as those of a session that the
+    job began and the test goes on with. Those that stay make every look at a row a little slower."""
+    if mark is not None and _touch(connection, job_id) == mark:
+        _do(connection, "RELEASE SAVEPOINT greenjobs_attempt")
 
 
 def back_to_savepoint(connection: Connection) -> None:
     """Undo what was done since, if the savepoint is still there; raises InvalidSavepointSpecification if not."""
     _do(connection, "ROLLBACK TO SAVEPOINT greenjobs_attempt")
+
+
+def _touch(connection: Connection, job_id: int) -> str | None:
+    with connection.cursor() as cursor:
+        cursor.execute(_TOUCH, {"id": job_id})
+        row = cursor.fetchone()
+        return None if row is None else str(row[0])
 
 
 def _do(connection: Connection, statement: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from greenjobs import config, current, events
+from greenjobs.control import Retry
 from greenjobs.current import Attempt, Place, database_rooms, enter_attempt
 from greenjobs.errors import JobControl, JobExpired, OptionError
 from greenjobs.events import Outcome
@@ -55,7 +56,7 @@ class Ran:
 
     @property
     def _failed_by_accident(self) -> bool:
-        return self.outcome == "retried" and not isinstance(self.error, JobControl)
+        return self.outcome == "retried" and not isinstance(self.error, Retry)
 
 
 def perform(

@@ -153,7 +153,7 @@ class _Rehearsal:
         connection = self._connection
         with plain_rows(connection):
             before = storage.transaction_id(connection)
-            rehearsal.set_savepoint(connection)
+            mark = rehearsal.set_savepoint(connection, row.id)
         yield
         if connection.closed:
             raise DrainError(f"job {row.id} ({row.job_type}) closed the connection that the test is using")
@@ -171,6 +171,7 @@ class _Rehearsal:
                     f'transaction with savepoints, such as SQLAlchemy\'s join_transaction_mode="create_savepoint", or '
                     f"drain without testing.using"
                 )
+            rehearsal.drop_savepoint(connection, row.id, mark)
 
 
 def _ahead_seconds() -> float:
