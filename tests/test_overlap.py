@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gevent
+import processes
 import psycopg2
 import pytest
 import running
@@ -519,6 +521,55 @@ def test_job_that_has_failed_because_its_runners_died_lets_others_of_its_key_in_
         assert ran.wait(PATIENCE_SECONDS)
         assert handle.runner_id is not None
     assert database.state(poison.id) == "failed"
+
+
+def test_exclusive_job_of_a_killed_runner_is_run_by_another_and_never_beside_one_of_its_key(
+    database: Database, tmp_path: Path
+) -> None:
+    """Real processes, killed as the kernel does it."""
+    database.rows("CREATE TABLE notes (id serial, pid int, what text)")
+    database.rows("CREATE TABLE gate (is_open boolean)")
+    processes.write_application(
+        tmp_path,
+        """
+        import os, time
+        import greenjobs
+        from greenjobs import config, job, pool
+
+        def note(what):
+            with pool.shared_pool(config.current()).connection() as connection, connection.cursor() as cursor:
+                cursor.execute("INSERT INTO notes (pid, what) VALUES (%s, %s)", (os.getpid(), what))
+
+        def is_open():
+            with pool.shared_pool(config.current()).connection() as connection, connection.cursor() as cursor:
+                cursor.execute("SELECT 1 FROM gate")
+                return cursor.rowcount
+
+        @job(overlap=False, overlap_key="customer {customer}")
+        def sync(customer, number):
+            note(f"{customer}: {number} began")
+            while not is_open():
+                time.sleep(0.02)
+            note(f"{customer}: {number} ended")
+        """,
+    )
+    enqueue = "from app import sync; sync.delay_many([(customer, n) for n in range(3) for customer in 'ab'])"
+    processes.run("python", "-c", enqueue, folder=tmp_path, database_url=database.url)
+
+    def notes(sql: str = "true") -> list[str]:
+        return database.column(f"SELECT what FROM notes WHERE {sql} ORDER BY id")
+
+    with processes.runner(tmp_path, database.url) as first:
+        eventually(lambda: sorted(notes()) == ["a: 0 began", "b: 0 began"], "they do not run", seconds=60)
+        with processes.runner(tmp_path, database.url) as second:
+            assert len(notes()) == 2
+            first.kill()
+            eventually(lambda: notes(f"pid = {second.pid}"), "the other does not take over", seconds=60)
+            database.rows("INSERT INTO gate VALUES (true)")
+            eventually(lambda: database.count() == 0, "jobs are left", seconds=60)
+    for customer in "ab":
+        turns = [f"{customer}: {number} {what}" for number in range(3) for what in ("began", "ended")]
+        assert notes(f"pid = {second.pid} AND starts_with(what, '{customer}')") == turns
 
 
 # --- versions of an application ---------------------------------------------------------------------------------------
