@@ -13,11 +13,13 @@ import processes
 import psycopg2
 import pytest
 import running
+from click.testing import CliRunner
 from gevent.event import Event
 from running import Database
 from waiting import eventually
 
 from greenjobs import current_job, job, jobs, pool, storage
+from greenjobs.cli import main
 from greenjobs.control import Retry, Snooze
 from greenjobs.errors import JobDefinitionError, OptionError
 from greenjobs.job import Job
@@ -669,6 +671,21 @@ def test_with_unique_there_is_one_that_waits_and_one_that_runs_at_most(database:
     assert first.id != second.id
 
 
+def test_each_of_many_unique_jobs_has_its_own_key(database: Database) -> None:
+    """They are inserted in the order of their unique keys, and some of them not at all."""
+
+    @job(unique=True, overlap=False, overlap_key="{customer}", expires=60)
+    def sync(customer: int, number: int) -> None: ...
+
+    calls = [(number % 5, number % 20) for number in range(60)]
+    sync.delay_many(calls[:10])
+    sync.delay_many(calls)
+    rows = database.rows("SELECT data ->> 'customer', exclusive_key, expires_at IS NULL FROM background_jobs")
+    assert len(rows) == 20
+    keys = {customer: storage.exclusive_key("sync", customer) for customer in "01234"}
+    assert all(row == (row[0], keys[row[0]], False) for row in rows)
+
+
 def test_job_that_is_to_be_tried_again_lets_others_of_its_key_go_first(database: Database) -> None:
     order: list[str] = []
 
@@ -692,3 +709,6 @@ def test_job_that_waits_for_another_says_so(database: Database, connection: Plan
     hold(database, connection)
     found = {id: jobs.get(id) for id in (first.id, second.id, later.id)}
     assert [each.waits_for for each in found.values() if each] == [None, first.id, None]
+    shown = [CliRunner().invoke(main, ["jobs", "show", str(id)]).output for id in (first.id, second.id)]
+    assert "waits for" not in shown[0]
+    assert f"  waits for     job {first.id}, with the same overlap key\n" in shown[1]
