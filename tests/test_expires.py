@@ -6,6 +6,7 @@ Time passes in the database, where `expires_at` is set back, not by waiting.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -14,11 +15,13 @@ from typing import Any
 import psycopg2
 import pytest
 import running
+from click.testing import CliRunner
 from gevent.event import Event
 from running import Database
 from waiting import eventually
 
 from greenjobs import current_job, events, inspection, job, jobs, pool, storage
+from greenjobs.cli import main
 from greenjobs.control import Retry, Snooze
 from greenjobs.errors import JobDefinitionError, JobExpired, OptionError
 from greenjobs.events import AttemptEnded
@@ -119,6 +122,8 @@ def test_an_instant_is_kept_as_it_is(database: Database) -> None:
     assert database.value("SELECT expires_at FROM background_jobs") == instant
     found = jobs.get(handle.id)
     assert found is not None and found.expires_at == instant
+    shown = CliRunner().invoke(main, ["jobs", "show", str(handle.id)]).output
+    assert re.search(r"^  expires at    20\d\d-", shown, re.MULTILINE)
 
 
 def test_jobs_without_it_do_not_expire_and_a_transaction_may_have_some_that_do(database: Database) -> None:

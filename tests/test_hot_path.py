@@ -141,7 +141,7 @@ def test_claim_of_jobs_that_exclude_others_reads_few_rows_whatever_waits(full_ta
     """Twenty thousand of them wait, eighteen thousand with one key, one job of which runs."""
     connection = pool.connect(full_table.url, application_name="test", timeout_seconds=10)
     claim: dict[str, Any] = {"runner": 1, "queue": "emails", "job_types": JOB_TYPES, "limit": 1}
-    (_,) = storage.claim_exclusive(connection, **claim, keys=["all"])
+    assert len(storage.claim_exclusive(connection, **claim, keys=["all"])) == 1
     storage.claim_exclusive(connection, **claim)
     (statement,) = (name for name in connection.planned if name.startswith("greenjobs_claim_exclusive_"))
     with connection.cursor() as cursor:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gevent
+import processes
 import psycopg2
 import pytest
 import running
+from click.testing import CliRunner
 from gevent.event import Event
 from running import Database
 from waiting import eventually
 
 from greenjobs import current_job, job, jobs, pool, storage
+from greenjobs.cli import main
 from greenjobs.control import Retry, Snooze
 from greenjobs.errors import JobDefinitionError, OptionError
 from greenjobs.job import Job
@@ -521,6 +525,55 @@ def test_job_that_has_failed_because_its_runners_died_lets_others_of_its_key_in_
     assert database.state(poison.id) == "failed"
 
 
+def test_exclusive_job_of_a_killed_runner_is_run_by_another_and_never_beside_one_of_its_key(
+    database: Database, tmp_path: Path
+) -> None:
+    """Real processes, killed as the kernel does it."""
+    database.rows("CREATE TABLE notes (id serial, pid int, what text)")
+    database.rows("CREATE TABLE gate (is_open boolean)")
+    processes.write_application(
+        tmp_path,
+        """
+        import os, time
+        import greenjobs
+        from greenjobs import config, job, pool
+
+        def note(what):
+            with pool.shared_pool(config.current()).connection() as connection, connection.cursor() as cursor:
+                cursor.execute("INSERT INTO notes (pid, what) VALUES (%s, %s)", (os.getpid(), what))
+
+        def is_open():
+            with pool.shared_pool(config.current()).connection() as connection, connection.cursor() as cursor:
+                cursor.execute("SELECT 1 FROM gate")
+                return cursor.rowcount
+
+        @job(overlap=False, overlap_key="customer {customer}")
+        def sync(customer, number):
+            note(f"{customer}: {number} began")
+            while not is_open():
+                time.sleep(0.02)
+            note(f"{customer}: {number} ended")
+        """,
+    )
+    enqueue = "from app import sync; sync.delay_many([(customer, n) for n in range(3) for customer in 'ab'])"
+    processes.run("python", "-c", enqueue, folder=tmp_path, database_url=database.url)
+
+    def notes(sql: str = "true") -> list[str]:
+        return database.column(f"SELECT what FROM notes WHERE {sql} ORDER BY id")
+
+    with processes.runner(tmp_path, database.url) as first:
+        eventually(lambda: sorted(notes()) == ["a: 0 began", "b: 0 began"], "they do not run", seconds=60)
+        with processes.runner(tmp_path, database.url) as second:
+            assert len(notes()) == 2
+            first.kill()
+            eventually(lambda: notes(f"pid = {second.pid}"), "the other does not take over", seconds=60)
+            database.rows("INSERT INTO gate VALUES (true)")
+            eventually(lambda: database.count() == 0, "jobs are left", seconds=60)
+    for customer in "ab":
+        turns = [f"{customer}: {number} {what}" for number in range(3) for what in ("began", "ended")]
+        assert notes(f"pid = {second.pid} AND starts_with(what, '{customer}')") == turns
+
+
 # --- versions of an application ---------------------------------------------------------------------------------------
 
 
@@ -618,6 +671,21 @@ def test_with_unique_there_is_one_that_waits_and_one_that_runs_at_most(database:
     assert first.id != second.id
 
 
+def test_each_of_many_unique_jobs_has_its_own_key(database: Database) -> None:
+    """They are inserted in the order of their unique keys, and some of them not at all."""
+
+    @job(unique=True, overlap=False, overlap_key="{customer}", expires=60)
+    def sync(customer: int, number: int) -> None: ...
+
+    calls = [(number % 5, number % 20) for number in range(60)]
+    sync.delay_many(calls[:10])
+    sync.delay_many(calls)
+    rows = database.rows("SELECT data ->> 'customer', exclusive_key, expires_at IS NULL FROM background_jobs")
+    assert len(rows) == 20
+    keys = {customer: storage.exclusive_key("sync", customer) for customer in "01234"}
+    assert all(row == (row[0], keys[row[0]], False) for row in rows)
+
+
 def test_job_that_is_to_be_tried_again_lets_others_of_its_key_go_first(database: Database) -> None:
     order: list[str] = []
 
@@ -641,3 +709,6 @@ def test_job_that_waits_for_another_says_so(database: Database, connection: Plan
     hold(database, connection)
     found = {id: jobs.get(id) for id in (first.id, second.id, later.id)}
     assert [each.waits_for for each in found.values() if each] == [None, first.id, None]
+    shown = [CliRunner().invoke(main, ["jobs", "show", str(id)]).output for id in (first.id, second.id)]
+    assert "waits for" not in shown[0]
+    assert f"  waits for     job {first.id}, with the same overlap key\n" in shown[1]

@@ -735,6 +735,13 @@ def test_every_example_of_the_page_does_what_it_says(database_url: str, tmp_path
     assert "customer 17" in processes.run("python", "-c", script, folder=tmp_path, database_url=database_url)
     (commands,) = (text for _, language, text in blocks if language == "sh")
     output = processes.run("sh", "-e", "-c", commands, folder=tmp_path, database_url=database_url)
-    for name in ("look_for_orders", "report 30 8 * * MON-FRI", "report 0 10 * * SAT", "weekly", "monthly"):
+    for name in (
+        "look_for_orders",
+        "report 30 8 * * MON-FRI",
+        "report 0 10 * * SAT",
+        "weekly",
+        "monthly",
+        "customer 23",
+    ):
         assert re.search(rf"^{re.escape(name)}  ", output, re.MULTILINE), output
     assert output.endswith("paused weekly\nresumed weekly\n")

@@ -36,6 +36,7 @@ JOB_TYPES = list(HOMES)
 REGISTERED = (JOB_TYPES, JOB_TYPES, JOB_TYPES[:1])  # most runners know all types
 PRIORITIES = (-1, 0, 7)
 KEYS = ("a", "b")
+EXCLUSIVE = ("x", "y")
 OUTCOMES = ("done", "failed", "retried", "retried later")
 UNSTARTED = ("scheduled", "available")
 MOST_CRASHES = 3
@@ -69,6 +70,7 @@ class Row:
     owner: int | None = None
     is_due: bool = True
     cancel_asked: bool = False
+    exclusive: str | None = None
 
 
 @dataclass
@@ -109,8 +111,8 @@ class Storage(RuleBasedStateMachine):
 
     @initialize()
     def begin_with_work_and_workers(self) -> None:
-        for keys in (["a", "b"], None):
-            self.enqueue(0, "send", "mail", 0, 0.0, keys, 4)
+        for keys, exclusive in ((["a", "b"], None), (None, None), (["a"], "x"), (None, "y")):
+            self.enqueue(0, "send", "mail", 0, 0.0, keys, 4, exclusive)
         for _ in range(2):
             self.start_process()
 
@@ -124,13 +126,25 @@ class Storage(RuleBasedStateMachine):
         delay=st.sampled_from((0.0, HOUR)),
         keys=st.none() | st.lists(st.sampled_from(KEYS), min_size=1, max_size=3),
         count=st.integers(1, 3),
+        exclusive=st.sampled_from((None, *EXCLUSIVE)),
     )
     def enqueue(
-        self, which: int, job_type: str, queue: str, priority: int, delay: float, keys: list[str] | None, count: int
+        self,
+        which: int,
+        job_type: str,
+        queue: str,
+        priority: int,
+        delay: float,
+        keys: list[str] | None,
+        count: int,
+        exclusive: str | None,
     ) -> None:
         if keys is not None and self._keys_in_transaction() & set(keys):
             return  # it would wait for the transaction, rightly
-        new = NewJobs(job_type, ["{}"] * (len(keys) if keys else count), queue, priority, delay, unique_keys=keys)
+        data = ["{}"] * (len(keys) if keys else count)
+        new = NewJobs(job_type, data, queue, priority, delay, unique_keys=keys)
+        if exclusive is not None:
+            new = new._replace(exclusive_keys=[exclusive] * len(data))
         enqueued = storage.enqueue(self.connections[which], [new])
         self._note_enqueued(self.rows, new, enqueued)
 
@@ -203,6 +217,34 @@ class Storage(RuleBasedStateMachine):
     def claim_all(self, data: st.DataObject) -> None:
         """Again, so that more is under way when something happens."""
         self._claim(data, 0, 10, JOB_TYPES)
+
+    @precondition(lambda self: self._living())
+    @rule(
+        data=st.data(),
+        which=st.integers(0, 2),
+        limit=st.integers(1, 3),
+        job_types=st.sampled_from(REGISTERED),
+        keys=st.none() | st.lists(st.sampled_from(EXCLUSIVE), min_size=1, max_size=2),
+    )
+    def claim_exclusive(
+        self, data: st.DataObject, which: int, limit: int, job_types: list[str], keys: list[str] | None
+    ) -> None:
+        """The first in line of each key of which none runs; of suspects in front nothing is taken, nor behind them."""
+        process = data.draw(st.sampled_from(self._living()))
+        queue = data.draw(st.sampled_from(QUEUES))
+        claimed = storage.claim_exclusive(
+            self.connections[which], runner=process.runner, queue=queue, job_types=job_types, limit=limit, keys=keys
+        )
+        heads: dict[str, Row] = {}
+        for row in sorted(self.rows.values(), key=lambda row: (-row.priority, row.id)):
+            if row.exclusive and (row.state, row.queue) == ("available", queue) and row.job_type in job_types:
+                heads.setdefault(row.exclusive, row)
+        free = [key for key in heads if key not in self._taken() and (keys is None or key in keys)]
+        expected = [row for row in heads.values() if row.exclusive in free and row.crashes == 0][:limit]
+        self._check_claimed(claimed, expected)
+        for row in expected:
+            self._start(row, process)
+            process.fences.append(Fence(row.id, row.attempt))
 
     @rule(data=st.data(), which=st.integers(0, 2), limit=st.integers(1, 5))
     def promote(self, data: st.DataObject, which: int, limit: int) -> None:
@@ -360,7 +402,7 @@ class Storage(RuleBasedStateMachine):
     def every_row_is_as_the_model_has_it(self) -> None:
         read = self._read(
             "SELECT id, job_type, queue, priority, state, unique_key, attempt, retries, crashes, claimed_by,"
-            " run_at <= now(), cancel_asked_at IS NOT NULL FROM background_jobs"
+            " run_at <= now(), cancel_asked_at IS NOT NULL, exclusive_key FROM background_jobs"
         )
         found = {fields[0]: Row(*fields) for fields in read}
         for row in found.values():
@@ -372,6 +414,11 @@ class Storage(RuleBasedStateMachine):
     def a_key_has_one_unstarted_job_at_most(self) -> None:
         keys = Counter(row.key for row in self.rows.values() if row.key and row.state in UNSTARTED)
         assert all(count == 1 for count in keys.values())
+
+    @invariant()
+    def of_an_exclusive_key_one_job_runs_at_most(self) -> None:
+        running = [row.exclusive for row in self.rows.values() if row.exclusive and row.state == "running"]
+        assert len(running) == len(set(running))
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
@@ -388,6 +435,7 @@ class Storage(RuleBasedStateMachine):
             else:
                 assert id not in rows
                 rows[id] = Row(id, new.job_type, new.queue, new.priority, state, key, is_due=not new.delay_seconds)
+                rows[id].exclusive = new.exclusive_keys[0] if new.exclusive_keys else None
 
     def _claimable(
         self, queue: str, job_types: Iterable[str], *, suspects: bool = False, after: storage.ClaimCursor | None = None
@@ -400,10 +448,15 @@ class Storage(RuleBasedStateMachine):
             and row.queue == queue
             and row.job_type in job_types
             and (row.crashes > 0) == suspects
+            and (row.exclusive is None or (suspects and row.exclusive not in self._taken()))
             and row.id not in self.locked
             and (after is None or places[row.id] > after)
         ]
         return sorted(found, key=lambda row: places[row.id])
+
+    def _taken(self) -> set[str]:
+        """The exclusive keys of which a job runs."""
+        return {row.exclusive for row in self.rows.values() if row.exclusive and row.state == "running"}
 
     def _queues_with_work(self) -> list[str]:
         """The queues where something can be claimed; all, if there are none."""
