@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 
-from greenjobs import events
+from greenjobs import config, events
 from greenjobs.current import Attempt, Place, enter_attempt
 from greenjobs.errors import JobCancelled, JobControl, JobHardTimeout, JobTimeout
 from greenjobs.job import Job
+from greenjobs.keeping import keep_seconds
 from greenjobs.policy import Verdict, judge
-from greenjobs.storage import ClaimedJob, Failure, Fence, Snoozed, claim_order
+from greenjobs.storage import ClaimedJob, Ended, Failure, Fence, Snoozed, claim_order
 
 if TYPE_CHECKING:
     from greenjobs.acknowledger import Acknowledger
@@ -68,6 +69,7 @@ class Executor:
         self._place = place
         self._runner_name = runner_name
         self._done = acknowledger.done.add
+        self._ended = acknowledger.ended.add
         self._failed = acknowledger.failed.add
         self._unfinished = acknowledger.unfinished.add
         self._snoozed = acknowledger.snoozed.add
@@ -119,7 +121,8 @@ class Executor:
         for row in self._ready:
             if row.id == job_id:
                 self._ready.remove(row)
-                self._done(Fence(row.id, row.attempt))
+                keep = keep_seconds(self._jobs[row.job_type].keep, row.options)
+                self._ended(Ended(Fence(row.id, row.attempt), "cancelled", keep))
                 self._on_room()
                 return
 
@@ -211,14 +214,17 @@ class Executor:
         timers = self._start_timers(attempt, *timeouts) if timeouts is not None else ()
         try:
             args, kwargs = job.codec.decode(row.data)
-            job.function(*args, **kwargs)
+            value = job.function(*args, **kwargs)
             if isinstance(attempt.interrupted_by, (JobCancelled, JobHardTimeout)):
                 raise attempt.interrupted_by
         except BaseException as error:  # a job may raise anything; SystemExit and GreenletExit are failures, too
             # Without the first frame, which is this one.
             self._settle_raised(attempt, error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
         else:
-            self._done(Fence(row.id, row.attempt))
+            if row.options is None and not job.keep:
+                self._done(Fence(row.id, row.attempt))
+            else:
+                self._keep_done(attempt, job, value)
             if events.handlers:
                 self._publish(attempt, Verdict("done"), None)
             if logger.isEnabledFor(logging.DEBUG):
@@ -250,11 +256,47 @@ class Executor:
         elif verdict.outcome == "interrupted":
             self._unfinished(fence)
         else:  # discarded or cancelled: the row has no further use, as that of a job that is done
-            self._done(fence)
+            reason = None
+            if verdict.outcome != "cancelled":
+                reason = _error_record(error, attempt.number, self._runner_name)
+            self._keep(attempt, verdict.outcome, error=reason)
         policy = attempt.job.policy
         hook = {"failed": policy.on_failure, "discarded": policy.on_discard}.get(verdict.outcome)
         if events.handlers or hook is not None:
             self._publish(attempt, verdict, error, *([hook] if hook is not None else []))
+
+    def _keep_done(self, attempt: Attempt, job: Job[Any, Any], value: Any) -> None:
+        """Hand over a job that is done and may be kept, with what it returned."""
+        if not keep_seconds(job.keep, attempt.row.options):
+            self._done(Fence(attempt.row.id, attempt.row.attempt))
+        elif job.results is None:
+            self._keep(attempt, "done")
+        else:
+            result, complaint = job.results.encode(value, max_bytes=config.current().max_payload_bytes)
+            # First of all, for a logger may wait, and be interrupted.
+            self._keep(attempt, "done", result=result)
+            if complaint is not None:
+                logger.warning(
+                    "job %s (%s) %s; such results are not kept, and this is not said again",
+                    *(attempt.row.id, attempt.row.job_type, complaint),
+                    extra=_log_keys(attempt),
+                )
+
+    def _keep(
+        self, attempt: Attempt, outcome: str, *, result: str | None = None, error: Mapping[str, Any] | None = None
+    ) -> None:
+        row = attempt.row
+        self._ended(
+            Ended(
+                Fence(row.id, row.attempt),
+                outcome,
+                keep_seconds(self._jobs[row.job_type].keep, row.options),
+                result,
+                error,
+                time.perf_counter() - attempt.started,
+                row.waited,
+            )
+        )
 
     def _publish(self, attempt: Attempt, verdict: Verdict, error: BaseException | None, *more: events.Handler) -> None:
         row = attempt.row

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
-from greenjobs import config, policy
+from greenjobs import config, keeping, policy
 from greenjobs.cron import Timetable
 from greenjobs.current import database_rooms, lender
 from greenjobs.errors import (
@@ -25,7 +25,7 @@ from greenjobs.errors import (
     UnknownJob,
 )
 from greenjobs.events import Handler
-from greenjobs.handle import JobHandle
+from greenjobs.handle import JobHandle, note_transaction
 from greenjobs.payload import Codec
 from greenjobs.retry import Backoff
 
@@ -78,6 +78,8 @@ class Job(Generic[P, R]):
         timezone: str | None = None,
         catch_up: str | None = None,
         overlap: bool | None = None,
+        keep: float | timedelta | str | None = None,
+        keep_result: bool = False,
         **attempts: Any,
     ) -> None:
         if not callable(function):
@@ -95,6 +97,8 @@ class Job(Generic[P, R]):
         self.policy = policy.declared(self.name, **attempts)
         self.codec = Codec(function, job_name=self.name)
         self.timetables = self._read_timetables(cron, timezone=timezone, catch_up=catch_up, overlap=overlap)
+        self.keep = 0.0 if keep is None else keeping.checked_keep(self.name, keep, JobDefinitionError)
+        self.results = self._read_results(keep_result)
         self._plain_call: Call[P] = Call(self, _Options())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -138,13 +142,14 @@ class Job(Generic[P, R]):
         max_retries: int | None = None,
         timeout: float | timedelta | None = None,
         hard_timeout: float | timedelta | None = None,
+        keep: float | timedelta | str | None = None,
         connection: Any = None,
     ) -> Call[P]:
         """Options for one call: `job.options(priority=10, delay=60).delay(…)`.
 
-        `delay` is in seconds; `run_at` is an aware datetime; `max_retries` and the timeouts are as for @job. With
-        `connection`, a psycopg2 connection or cursor, the job is inserted in its transaction: there when that commits,
-        gone when it rolls back. Raises OptionError.
+        `delay` is in seconds; `run_at` is an aware datetime; `max_retries`, the timeouts and `keep` are as for
+        @job. With `connection`, a psycopg2 connection or cursor, the job is inserted in its transaction: there when
+        that commits, gone when it rolls back. Raises OptionError.
         """
         if delay is not None and run_at is not None:
             raise OptionError(f"{self.name}: give delay or run_at, not both")
@@ -158,6 +163,7 @@ class Job(Generic[P, R]):
             raise OptionError(f"{self.name}: {error}") from None
         soft, hard = policy.checked_timeouts(self.name, timeout, hard_timeout, OptionError)
         overrides = {"max_retries": checked_retries, "timeout": soft, "hard_timeout": hard}
+        overrides["keep"] = None if keep is None else keeping.checked_keep(self.name, keep, OptionError)
         return Call(
             self,
             _Options(
@@ -185,6 +191,15 @@ class Job(Generic[P, R]):
             raise JobDefinitionError(f"{self.name}: {error}") from None
         if not isinstance(self.unique, bool):
             raise JobDefinitionError(f"{self.name}: unique is {self.unique!r}; allowed: True or False")
+
+    def _read_results(self, keep_result: object) -> keeping.ResultCodec | None:
+        if not isinstance(keep_result, bool):
+            raise JobDefinitionError(f"{self.name}: keep_result is {keep_result!r}; allowed: True or False")
+        if keep_result and not self.keep:
+            raise JobDefinitionError(
+                f"{self.name}: keep_result is for jobs that are kept; say how long, as in @job(keep='1 day')"
+            )
+        return keeping.ResultCodec(self.function, job_name=self.name) if keep_result else None
 
     def _read_timetables(self, cron: str | Iterable[str] | None, **options: Any) -> tuple[Timetable, ...]:
         given = {name: value for name, value in options.items() if value is not None}
@@ -261,13 +276,18 @@ class Call(Generic[P]):
                 f"schema of its search_path; type `greenjobs migrate`"
             ) from error
         name = self._job.name
-        return [JobHandle(id, name, is_duplicate) for id, is_duplicate in enqueued]
+        handles = [JobHandle(id, name, is_duplicate) for id, is_duplicate in enqueued]
+        if self._options.connection is not None:
+            note_transaction(handles, connection)
+        return handles
 
     def _batches(self, storage: Any, data: list[str], size: int) -> list[NewJobs]:
         return [self._new_jobs(storage, data[start : start + size]) for start in range(0, len(data), size)]
 
     def _new_jobs(self, storage: Any, data: list[str]) -> NewJobs:
         job, options = self._job, self._options
+        # On the row, too, for those who end it and do not know the job.
+        overrides = (("keep", job.keep), *options.overrides) if job.keep else options.overrides
         new: NewJobs = storage.NewJobs(
             job_type=job.name,
             data=data,
@@ -276,7 +296,7 @@ class Call(Generic[P]):
             delay_seconds=options.delay_seconds,
             run_at=options.run_at,
             unique_keys=[storage.unique_key(job.name, one) for one in data] if job.unique else None,
-            options=json.dumps(dict(options.overrides)) if options.overrides else None,
+            options=json.dumps(dict(overrides)) if overrides else None,
         )
         return new
 
@@ -298,6 +318,8 @@ def job(
     timezone: str | None = None,
     catch_up: str | None = None,
     overlap: bool | None = None,
+    keep: float | timedelta | str | None = None,
+    keep_result: bool = False,
     backoff: Backoff | Sequence[float] | float | None = None,
     retry_on: policy.ErrorTypes | None = None,
     discard_on: policy.ErrorTypes = (),
@@ -325,6 +347,9 @@ def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     `cron` enqueues it by the clock, without arguments: an expression such as "*/5 * * * *", or a list of them, in
     `timezone` (default: UTC). `catch_up` ("none", "last" or "all"; default: "last") is for ticks that came while no
     runner was there; with overlap=False a tick is left out while the job of the one before waits or runs.
+
+    With `keep`, seconds or a text such as "7 days", a job that is done, discarded or cancelled stays for so long in the
+    history; with `keep_result` what it returned, too, as JSON.
     """
     if function is None:
         return lambda decorated: _register(Job(decorated, **settings))
@@ -362,6 +387,7 @@ def _register(new: Job[P, R]) -> Job[P, R]:
     for alias in former.aliases if former is not None else ():
         del _registry[alias]
     _registry.update(dict.fromkeys((new.name, *new.aliases), new))
+    keeping.register((new.name, *new.aliases), new.results)
     return new
 
 

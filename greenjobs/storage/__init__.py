@@ -10,6 +10,7 @@ from greenjobs.storage.care import Rescued, promote, rescue, route
 from greenjobs.storage.claims import ClaimCursor, ClaimedJob, claim, claim_order
 from greenjobs.storage.enqueuing import PROMOTER_SECONDS, Enqueued, NewJobs, enqueue, enqueue_inside, unique_key
 from greenjobs.storage.fence import Fence
+from greenjobs.storage.history import Ended, end, forget, listen_for_end, prune_history, watch
 from greenjobs.storage.outcomes import KEPT_ERRORS, Failure, Snoozed, acknowledge, fail, give_back, snooze
 from greenjobs.storage.people import discard, prune, retry
 from greenjobs.storage.runners import (
@@ -38,6 +39,7 @@ __all__ = [
     "PROMOTER_SECONDS",
     "ClaimCursor",
     "ClaimedJob",
+    "Ended",
     "Enqueued",
     "Failure",
     "Fence",
@@ -53,18 +55,22 @@ __all__ = [
     "claim_order",
     "discard",
     "drop_schedule",
+    "end",
     "end_runners",
     "enqueue",
     "enqueue_inside",
     "fail",
+    "forget",
     "forget_runners",
     "give_back",
     "keep_schedule",
+    "listen_for_end",
     "note_memory",
     "note_tick",
     "pause_schedule",
     "promote",
     "prune",
+    "prune_history",
     "register_runner",
     "remove_cancelled",
     "renew_lease",
@@ -76,4 +82,5 @@ __all__ = [
     "take_ticks",
     "unique_key",
     "wake",
+    "watch",
 ]

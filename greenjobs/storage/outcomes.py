@@ -10,6 +10,7 @@ import orjson
 from greenjobs.statement import Statement
 from greenjobs.storage.contest import to_waiting
 from greenjobs.storage.fence import FENCE_TYPES, FENCED, Fence, fence_parameters
+from greenjobs.storage.history import tell_watchers
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -39,7 +40,7 @@ _ACKNOWLEDGE = Statement(
     f"""
 DELETE FROM background_jobs AS job
 USING {FENCED}
-RETURNING job.id
+RETURNING job.id, {tell_watchers("job", "'done'")}
 """,
     **FENCE_TYPES,
 )
@@ -55,7 +56,7 @@ def acknowledge(connection: Connection, runners: Sequence[int], done: Sequence[F
         return {row[0] for row in cursor.fetchall()}
 
 
-_FAIL = """
+_FAIL = f"""
 UPDATE background_jobs AS job
 SET
     state = CASE WHEN failure.retry_in IS NULL THEN 'failed' ELSE 'scheduled' END,
@@ -79,7 +80,9 @@ FROM jsonb_to_recordset(%(failures)s::jsonb)
 WHERE job.id = failure.id
     AND job.attempt = failure.attempt
     AND job.claimed_by = ANY(%(runners)s::int[])
-RETURNING job.id
+RETURNING
+    job.id,
+    CASE WHEN job.state = 'failed' THEN {tell_watchers("job", "'failed'")} END
 """
 
 

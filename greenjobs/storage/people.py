@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from greenjobs.storage.fence import Fence, int_array
+from greenjobs.storage.history import removal
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -52,13 +53,14 @@ def retry(connection: Connection, chosen: Sequence[Fence], *, states: Sequence[s
         return dict(cursor.fetchall())
 
 
-_DISCARD = f"""
-{_CHOSEN}
-DELETE FROM background_jobs AS job
-USING chosen
-WHERE job.id = chosen.id
-RETURNING job.id
-"""
+_DISCARD = removal(
+    "discarded",
+    """
+    USING chosen
+    WHERE job.id = chosen.id
+    """,
+    after=f"{_CHOSEN},",
+)
 
 
 def discard(connection: Connection, chosen: Sequence[Fence], *, states: Sequence[str]) -> set[int]:
