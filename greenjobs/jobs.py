@@ -167,9 +167,10 @@ def plan(action: Action, *ids: int, limit: int | None = None, **filters: Unpack[
     if action == "prune":
         if ids:
             raise OptionError("prune takes no ids; discard does")
-        filters["state"] = states = _names("state", filters.get("state"))
+        named = _names("state", filters.get("state"))
+        filters["state"] = named
         if filters.get("older_than") is None:
-            filters["older_than"] = _keep_failed(states or ())
+            filters["older_than"] = _keep_failed(named or ())
     elif not ids and all(value is None for value in filters.values()):
         raise OptionError(
             f"{action} which jobs? Name them by id, or by at least one of {', '.join(Filters.__annotations__)}"
