@@ -6,13 +6,13 @@ There is no timer and no added delay: while one statement is under way the next 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from gevent.event import Event
 
 from greenjobs import storage
-from greenjobs.storage import Failure, Fence, Snoozed
+from greenjobs.storage import Ended, Failure, Fence, Snoozed
 
 if TYPE_CHECKING:
     from greenjobs.service import Service, Spawn
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 # An outcome may find up to this many others in its statement: some ten milliseconds of the server's time.
 _LARGEST_GROUP = 2000
+
+# Results are gathered up to so many bytes for one statement, or one result that is larger.
+_LARGEST_RESULTS = 4 * 1024 * 1024
 
 Item = TypeVar("Item")
 
@@ -69,8 +72,8 @@ class Group(Generic[Item]):
 
 
 class Acknowledger:
-    """Writes outcomes for all workers of a runner: done, failed, put off; or interrupted, or unfinished, which has not
-    even started, both of which count nothing.
+    """Writes outcomes for all workers of a runner: done, ended in another way or to be kept, failed, put off; or
+    interrupted, or unfinished, which has not even started, both of which count nothing.
 
     `on_settled` is called with the ids of jobs whose outcome the database has, or has refused.
     """
@@ -79,15 +82,17 @@ class Acknowledger:
         self._service = service
         self._on_settled = on_settled
         self.done: Group[Fence] = Group(self._write_done, spawn)
+        self.ended: Group[Ended] = Group(self._write_ended, spawn)
         self.failed: Group[Failure] = Group(self._write_failed, spawn)
         self.unfinished: Group[Fence] = Group(self._write_unfinished, spawn)
         self.interrupted: Group[Fence] = Group(self._write_interrupted, spawn)
         self.snoozed: Group[Snoozed] = Group(self._write_snoozed, spawn)
-        self._groups = (self.done, self.failed, self.unfinished, self.interrupted, self.snoozed)
+        self._groups = (self.done, self.ended, self.failed, self.unfinished, self.interrupted, self.snoozed)
 
     def pending_ids(self) -> set[int]:
         """The jobs that are finished, which the database does not know yet."""
         fences = self.done.pending + self.unfinished.pending + self.interrupted.pending
+        fences += [ended.fence for ended in self.ended.pending]
         fences += [failure.fence for failure in self.failed.pending]
         fences += [snoozed.fence for snoozed in self.snoozed.pending]
         return {fence.id for fence in fences}
@@ -111,6 +116,13 @@ class Acknowledger:
         failures_before = service.failures
         held = service.call(storage.acknowledge, service.runner_ids, done)
         self._settle(held, done, is_sure=service.failures == failures_before)
+
+    def _write_ended(self, ended: Sequence[Ended]) -> None:
+        service = self._service
+        for batch in _by_size(ended):
+            failures_before = service.failures
+            held = service.call(storage.end, service.runner_ids, batch)
+            self._settle(held, [each.fence for each in batch], is_sure=service.failures == failures_before)
 
     def _write_failed(self, failures: Sequence[Failure]) -> None:
         service = self._service
@@ -143,3 +155,16 @@ class Acknowledger:
                         extra={"job_id": fence.id, "claim": fence.attempt},
                     )
         self._on_settled({fence.id for fence in fences})
+
+
+def _by_size(ended: Sequence[Ended]) -> Iterator[list[Ended]]:
+    batch: list[Ended] = []
+    size = 0
+    for each in ended:
+        more = len(each.result or "")
+        if batch and size + more > _LARGEST_RESULTS:
+            yield batch
+            batch, size = [], 0
+        batch.append(each)
+        size += more
+    yield batch

@@ -15,7 +15,7 @@ import click
 from greenjobs import jobs, migrate, pool
 from greenjobs.cli_options import Command, configure, plain_errors, setting_options
 from greenjobs.errors import OptionError
-from greenjobs.jobs import Outcome, Plan, StoredJob
+from greenjobs.jobs import FinishedJob, Outcome, Plan, StoredJob
 
 # What was asked for by id could not be done, or not for all.
 EXIT_LEFT_ALONE = 1
@@ -32,7 +32,7 @@ def jobs_group() -> None:
     """Look at jobs, and retry, cancel, discard or prune them.
 
     Jobs are named by id, by filters, or both; all that is said must hold. An AGE is in seconds or as in 90s, 12h,
-    "7 days": since the job failed, if it is failed, else since it was enqueued.
+    "7 days": since the job failed, if it is failed, since it ended, if it is kept, else since it was enqueued.
     """
 
 
@@ -53,11 +53,16 @@ def _filters(command: Command) -> Command:
     return command
 
 
+def _state_option(states: Sequence[str]) -> Callable[[Command], Command]:
+    help = f"Jobs that are {', '.join(states[:-1])} or {states[-1]}; again for more."
+    return click.option("--state", multiple=True, metavar="STATE", help=help)
+
+
+_ids = click.argument("ids", type=int, nargs=-1, metavar="[ID]...")
+
+
 def _named(command: Command) -> Command:
-    states = f"{', '.join(jobs.STATES[:-1])} or {jobs.STATES[-1]}"
-    help = f"Jobs that are {states}; again for more."
-    command = click.option("--state", multiple=True, metavar="STATE", help=help)(command)
-    return click.argument("ids", type=int, nargs=-1, metavar="[ID]...")(command)
+    return _ids(_state_option(jobs.STATES)(command))
 
 
 def _careful(command: Command) -> Command:
@@ -66,12 +71,13 @@ def _careful(command: Command) -> Command:
 
 
 @jobs_group.command("list")
-@_named
+@_ids
+@_state_option((*jobs.STATES, *jobs.KEPT_OUTCOMES))
 @_filters
 def list_command(
     ids: tuple[int, ...], limit: int | None, as_json: bool, database_url: str | None, **filters: Any
 ) -> None:
-    """List jobs, the newest first."""
+    """List jobs, the newest first; finished ones that are kept where they are named by id or --state."""
     with plain_errors(), _database(database_url):
         limit = _LIST_LIMIT if limit is None else limit
         given = _given(filters)
@@ -90,7 +96,7 @@ def list_command(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @setting_options("database_url")
 def show_command(ids: tuple[int, ...], as_json: bool, database_url: str | None) -> None:
-    """Show all that the table has about jobs: arguments, attempts, errors with their tracebacks."""
+    """Show all that is known of jobs, finished ones that are kept included: arguments, attempts, errors, results."""
     with plain_errors(), _database(database_url):
         by_id = {job.id: job for job in jobs.find(*ids, limit=None)}
     found = [by_id[id] for id in dict.fromkeys(ids) if id in by_id]
@@ -139,10 +145,14 @@ def discard_command(**arguments: Any) -> None:
 
 
 @jobs_group.command("prune")
+@_state_option(("failed", *jobs.KEPT_OUTCOMES))
 @_filters
 @_careful
 def prune_command(**arguments: Any) -> None:
-    """Delete jobs that failed longer ago than --older-than, or than keep_failed of the settings."""
+    """Delete jobs that failed longer ago than --older-than, or than keep_failed of the settings.
+
+    With --state, finished ones that are kept, too, which ended longer ago than --older-than.
+    """
     _act("prune", **arguments)
 
 
@@ -206,7 +216,7 @@ def _as_json(value: Any) -> str:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
-def _print_table(found: Sequence[StoredJob]) -> None:
+def _print_table(found: Sequence[StoredJob | FinishedJob]) -> None:
     rows = [("id", "type", "queue", "state", "age", "failures", "last error")]
     for job in found:
         error = _on_one_line(job.error or "")
@@ -236,7 +246,36 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _description(job: StoredJob) -> str:
+def _description(job: StoredJob | FinishedJob) -> str:
+    facts = _facts_of_finished(job) if isinstance(job, FinishedJob) else _facts(job)
+    lines = [f"job {job.id}: {_on_one_line(job.job_type)}", *[f"  {name:14}{value}" for name, value in facts]]
+    for error in job.errors:
+        where = f"attempt {error.get('attempt')} at {error.get('at')} on {error.get('runner')}"
+        lines += ["", _visible(f"  {where}: {error.get('error')}: {error.get('message')}")]
+        lines += [f"    {line}" for line in _visible(str(error.get("traceback") or "")).splitlines()]
+    return "\n".join(lines)
+
+
+def _facts_of_finished(job: FinishedJob) -> list[tuple[str, str]]:
+    seconds = [("ran for", job.run_seconds), ("waited for", job.waited_seconds)]
+    return [
+        ("state", job.state if job.runner is None else f"{job.state}, on {job.runner}"),
+        ("queue", _on_one_line(job.queue or "(none yet)")),
+        ("priority", str(job.priority)),
+        ("created at", _moment(job.created_at)),
+        *([("started at", _moment(job.started_at))] if job.started_at is not None else []),
+        ("ended at", _moment(job.ended_at)),
+        ("kept until", _moment(job.keep_until)),
+        *[(name, f"{length:.3f} s") for name, length in seconds if length is not None],
+        ("claims", str(job.attempt)),
+        ("failures", str(job.retries)),
+        ("crashes", str(job.crashes)),
+        ("arguments", _visible(json.dumps(job.data, ensure_ascii=False))),
+        *([("result", _visible(json.dumps(job.result, ensure_ascii=False)))] if job.has_result else []),
+    ]
+
+
+def _facts(job: StoredJob) -> list[tuple[str, str]]:
     times = [
         ("created at", job.created_at),
         ("to run at", job.run_at),
@@ -244,7 +283,7 @@ def _description(job: StoredJob) -> str:
         ("last tried at", job.last_retry),
         ("told to end at", job.cancel_asked_at),
     ]
-    facts = [
+    return [
         ("state", job.state if job.runner is None else f"{job.state}, on {job.runner} since {_moment(job.claimed_at)}"),
         ("queue", _on_one_line(job.queue or "(none yet)")),
         ("priority", str(job.priority)),
@@ -257,12 +296,6 @@ def _description(job: StoredJob) -> str:
         *([("options", _visible(json.dumps(job.options)))] if job.options else []),
         ("arguments", _visible(json.dumps(job.data, ensure_ascii=False))),
     ]
-    lines = [f"job {job.id}: {_on_one_line(job.job_type)}", *[f"  {name:14}{value}" for name, value in facts]]
-    for error in job.errors:
-        where = f"attempt {error.get('attempt')} at {error.get('at')} on {error.get('runner')}"
-        lines += ["", _visible(f"  {where}: {error.get('error')}: {error.get('message')}")]
-        lines += [f"    {line}" for line in _visible(str(error.get("traceback") or "")).splitlines()]
-    return "\n".join(lines)
 
 
 def _moment(at: datetime | None) -> str:

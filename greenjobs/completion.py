@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,7 @@ import gevent
 
 from greenjobs import config, lending, pool, storage
 from greenjobs.errors import CompletionError, JobLost, SchemaError
+from greenjobs.keeping import keep_seconds
 from greenjobs.storage import ClaimedJob, Fence
 
 if TYPE_CHECKING:
@@ -44,12 +46,23 @@ class CompletingPlace(Protocol):
         """The ids under which this process may have claimed the job."""
 
 
+class CompletingJob(Protocol):
+    """What is needed to know of a job."""
+
+    keep: float
+
+
 class CompletingAttempt(Protocol):
     """What is needed to know of an attempt; see greenjobs.current.Attempt."""
 
     row: ClaimedJob
     greenlet: Any
+    started: float
     completion: Transaction | None
+
+    @property
+    def job(self) -> CompletingJob:
+        """Whose attempt it is."""
 
     @property
     def place(self) -> CompletingPlace:
@@ -177,7 +190,7 @@ class Transaction:
         try:
             while True:
                 runners = tuple(known)
-                if storage.acknowledge(connection, runners, [Fence(row.id, row.attempt)]):
+                if self._end_row(connection, runners):
                     return True
                 # It may be held under an id that this process got while the statement was on its way.
                 if runners == tuple(known):
@@ -189,6 +202,21 @@ class Transaction:
                 f"job {row.id} ({row.job_type}) cannot complete on this connection: the tables of greenjobs are not in "
                 f"its database, or not in a schema of its search_path"
             ) from error
+
+    def _end_row(self, connection: Connection, runners: Sequence[int]) -> set[int]:
+        attempt, fence = self._attempt, Fence(self._attempt.row.id, self._attempt.row.attempt)
+        seconds = keep_seconds(attempt.job.keep, attempt.row.options)
+        if not seconds:
+            return storage.acknowledge(connection, runners, [fence])
+        # Without a result: the function has not returned yet.
+        ended = storage.Ended(
+            fence,
+            "done",
+            seconds,
+            run_seconds=time.perf_counter() - attempt.started,
+            waited_seconds=attempt.row.waited,
+        )
+        return storage.end(connection, runners, [ended])
 
     def _commit(self) -> None:
         if self._lent is not None:

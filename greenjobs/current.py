@@ -59,6 +59,7 @@ class Declaration(Protocol):
 
     name: str
     policy: Policy
+    keep: float
 
     @property
     def max_retries(self) -> int:

@@ -84,6 +84,42 @@ class JobTimeout(GreenjobsError, TimeoutError):
     """Raised in a job that has run for its `timeout`. It may catch it to end well; else the attempt has failed."""
 
 
+class JobNotEnded(GreenjobsError, TimeoutError):
+    """A job did not end while somebody waited for it; it goes on. `status` is what it was at the end of the wait."""
+
+    def __init__(self, message: str, *, id: int, status: str) -> None:
+        super().__init__(message)
+        self.id = id
+        self.status = status
+
+
+class JobNotCommitted(GreenjobsError):
+    """Somebody waits for a job in the transaction that enqueued it, which has to be committed before it can run."""
+
+    def __init__(self, message: str, *, id: int) -> None:
+        super().__init__(message)
+        self.id = id
+
+
+class JobFailed(GreenjobsError):
+    """A job whose result was asked for failed for good. `error` is the class of its last error, `message` its text."""
+
+    def __init__(self, text: str, *, id: int, error: str | None, message: str | None) -> None:
+        super().__init__(text)
+        self.id = id
+        self.error = error
+        self.message = message
+
+
+class NoResult(GreenjobsError, LookupError):
+    """A job whose result was asked for has none: it was not kept, or the job ended otherwise; `outcome` says how."""
+
+    def __init__(self, message: str, *, id: int, outcome: str) -> None:
+        super().__init__(message)
+        self.id = id
+        self.outcome = outcome
+
+
 class JobControl(BaseException):
     """The root of what a job raises, or has raised in it, to say how it ends.
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 
-from greenjobs import events
+from greenjobs import config, events
 from greenjobs.current import Attempt, Place, enter_attempt
 from greenjobs.error_record import error_record
 from greenjobs.errors import (
@@ -33,12 +33,12 @@ from greenjobs.errors import (
     JobTimeout,
 )
 from greenjobs.job import Job
+from greenjobs.keeping import keep_seconds
 from greenjobs.policy import Verdict, judge
-from greenjobs.storage import ClaimedJob, Failure, Fence, Snoozed, claim_order
+from greenjobs.storage import ClaimedJob, Ended, Failure, Fence, Snoozed, claim_order
 
 if TYPE_CHECKING:
     from greenjobs.acknowledger import Acknowledger
-    from greenjobs.completion import Transaction
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class Executor:
         self._place = place
         self._runner_name = runner_name
         self._done = acknowledger.done.add
+        self._ended = acknowledger.ended.add
         self._failed = acknowledger.failed.add
         self._interrupted = acknowledger.interrupted.add
         self._snoozed = acknowledger.snoozed.add
@@ -126,7 +127,8 @@ class Executor:
         for row in self._ready:
             if row.id == job_id:
                 self._ready.remove(row)
-                self._done(Fence(row.id, row.attempt))
+                keep = keep_seconds(self._jobs[row.job_type].keep, row.options)
+                self._ended(Ended(Fence(row.id, row.attempt), "cancelled", keep))
                 self._on_room()
                 return
 
@@ -220,15 +222,22 @@ class Executor:
             if row.start_by is not None and time.monotonic() >= row.start_by:
                 raise JobExpired("it had not started when it expired")
             args, kwargs = job.codec.decode(row.data)
-            job.function(*args, **kwargs)
+            value = job.function(*args, **kwargs)
             if isinstance(attempt.interrupted_by, (JobCancelled, JobHardTimeout)):
                 raise attempt.interrupted_by
-            done = self._done if attempt.completion is None else self._end_completion(attempt.completion)
+            if attempt.completion is not None:
+                attempt.completion.end()
         except BaseException as error:  # a job may raise anything; SystemExit and GreenletExit are failures, too
             # Without the first frame, which is this one.
             self._settle_raised(attempt, error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
         else:
-            done(Fence(row.id, row.attempt))
+            fence = Fence(row.id, row.attempt)
+            if attempt.completion is not None:
+                self._completed(fence)
+            elif row.options is None and not job.keep:
+                self._done(fence)
+            else:
+                self._keep_done(attempt, job, value)
             if events.handlers:
                 self._publish(attempt, Verdict("done"), None)
             if logger.isEnabledFor(logging.DEBUG):
@@ -240,10 +249,6 @@ class Executor:
             self.finished += 1
             self.busy_seconds += time.perf_counter() - started
             self._on_room()
-
-    def _end_completion(self, completion: Transaction) -> Callable[[Fence], None]:
-        completion.end()
-        return self._completed
 
     def _settle_raised(self, attempt: Attempt, error: BaseException) -> None:
         # Whatever came out of a job that was told to end: psycopg2 wraps what is raised while it waits, and tidying up
@@ -271,13 +276,49 @@ class Executor:
             self._snoozed(Snoozed(fence, verdict.retry_in or 0.0))
         elif verdict.outcome == "interrupted":
             self._interrupted(fence)
-        else:  # discarded, expired or cancelled: the row has no further use, as that of a job that is done
-            self._done(fence)
+        else:  # discarded, expired or cancelled
+            reason = None
+            if verdict.outcome != "cancelled":
+                reason = error_record(error, attempt.number, self._runner_name)
+            self._keep(attempt, verdict.outcome, error=reason)
         policy = attempt.job.policy
         hooks = {"failed": policy.on_failure, "discarded": policy.on_discard, "expired": policy.on_discard}
         hook = hooks.get(verdict.outcome)
         if events.handlers or hook is not None:
             self._publish(attempt, verdict, error, *([hook] if hook is not None else []))
+
+    def _keep_done(self, attempt: Attempt, job: Job[Any, Any], value: Any) -> None:
+        """Hand over a job that is done and may be kept, with what it returned."""
+        if not keep_seconds(job.keep, attempt.row.options):
+            self._done(Fence(attempt.row.id, attempt.row.attempt))
+        elif job.results is None:
+            self._keep(attempt, "done")
+        else:
+            result, complaint = job.results.encode(value, max_bytes=config.current().max_payload_bytes)
+            # First of all, for a logger may wait, and be interrupted.
+            self._keep(attempt, "done", result=result)
+            if complaint is not None:
+                logger.warning(
+                    "job %s (%s) %s; such results are not kept, and this is not said again",
+                    *(attempt.row.id, attempt.row.job_type, complaint),
+                    extra=_log_keys(attempt),
+                )
+
+    def _keep(
+        self, attempt: Attempt, outcome: str, *, result: str | None = None, error: Mapping[str, Any] | None = None
+    ) -> None:
+        row = attempt.row
+        self._ended(
+            Ended(
+                Fence(row.id, row.attempt),
+                outcome,
+                keep_seconds(self._jobs[row.job_type].keep, row.options),
+                result,
+                error,
+                time.perf_counter() - attempt.started,
+                row.waited,
+            )
+        )
 
     def _publish(self, attempt: Attempt, verdict: Verdict, error: BaseException | None, *more: events.Handler) -> None:
         row = attempt.row

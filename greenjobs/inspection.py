@@ -367,6 +367,9 @@ AND (
 )
 """
 
+HISTORY_IS_MEANT = _IS_MEANT.replace(_SINCE, "job.ended_at").replace("job.state", "job.outcome")
+"""The same of rows of background_history."""
+
 _FIND = f"""
 SELECT
     job.id,
@@ -443,7 +446,12 @@ def choose_jobs(connection: Connection, meant: JobFilter, *, limit: int | None) 
         return cursor.fetchall()
 
 
+# Where an id is in both, the table of jobs comes last, and counts.
 _STATES = """
+SELECT id, outcome
+FROM background_history
+WHERE id = ANY(%(ids)s)
+UNION ALL
 SELECT id, state
 FROM background_jobs
 WHERE id = ANY(%(ids)s)
@@ -451,7 +459,7 @@ WHERE id = ANY(%(ids)s)
 
 
 def job_states(connection: Connection, ids: Sequence[int]) -> dict[int, str]:
-    """The states of these jobs by id; those that are gone are not in it."""
+    """The states of these jobs by id, or how they ended; those that are gone are not in it."""
     with connection.cursor() as cursor:
         cursor.execute(_STATES, {"ids": list(ids)})
         return dict(cursor.fetchall())

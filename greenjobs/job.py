@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
-from greenjobs import config, current, expiry, policy
+from greenjobs import config, current, expiry, keeping, policy
 from greenjobs.cron import Timetable
 from greenjobs.current import database_rooms, joined, lender
 from greenjobs.errors import (
@@ -25,7 +25,7 @@ from greenjobs.errors import (
     UnknownJob,
 )
 from greenjobs.events import Handler
-from greenjobs.handle import JobHandle
+from greenjobs.handle import JobHandle, note_transaction
 from greenjobs.overlap import declared as declared_exclusion
 from greenjobs.payload import Codec
 from greenjobs.retry import Backoff
@@ -91,6 +91,8 @@ class Job(Generic[P, R]):
         overlap: bool | None = None,
         overlap_key: str | Callable[..., str | int] | None = None,
         expires: float | timedelta | None = None,
+        keep: float | timedelta | str | None = None,
+        keep_result: bool = False,
         **attempts: Any,
     ) -> None:
         if not callable(function):
@@ -116,6 +118,8 @@ class Job(Generic[P, R]):
         self.timetables = self._read_timetables(
             cron, overlap=self.exclusion is None, timezone=timezone, catch_up=catch_up
         )
+        self.keep = 0.0 if keep is None else keeping.checked_keep(self.name, keep, JobDefinitionError)
+        self.results = self._read_results(keep_result)
         self._plain_call: Call[P] = Call(self, _Options(uniqueness=self.uniqueness))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -175,14 +179,15 @@ class Job(Generic[P, R]):
         unique_key: MakeKey | None = None,
         until: Until | None = None,
         on_conflict: OnConflict | None = None,
+        keep: float | timedelta | str | None = None,
         connection: Any = None,
     ) -> Call[P]:
         """Options for one call: `job.options(priority=10, delay=60).delay(…)`.
 
         `delay` is in seconds; `run_at` is an aware datetime; `expires` is in seconds from when the job is due, or an
-        aware datetime; `max_retries`, the timeouts, and what makes it unique are as for @job. With `connection`, a
-        psycopg2 connection or cursor, the job is inserted in its transaction: there when that commits, gone when it
-        rolls back. Raises OptionError.
+        aware datetime; `max_retries`, the timeouts, `keep`, and what makes it unique are as for @job. With
+        `connection`, a psycopg2 connection or cursor, the job is inserted in its transaction: there when that commits,
+        gone when it rolls back. Raises OptionError.
         """
         if delay is not None and run_at is not None:
             raise OptionError(f"{self.name}: give delay or run_at, not both")
@@ -202,6 +207,7 @@ class Job(Generic[P, R]):
         aware_run_at = None if run_at is None else _aware(run_at, self.name)
         expires_seconds, expires_at = expiry.of_call(self.name, expires, aware_run_at)
         overrides = {"max_retries": checked_retries, "timeout": soft, "hard_timeout": hard}
+        overrides["keep"] = None if keep is None else keeping.checked_keep(self.name, keep, OptionError)
         return Call(
             self,
             _Options(
@@ -230,6 +236,15 @@ class Job(Generic[P, R]):
             self._max_retries = config.check({"max_retries": self._max_retries}).get("max_retries")
         except ConfigError as error:
             raise JobDefinitionError(f"{self.name}: {error}") from None
+
+    def _read_results(self, keep_result: object) -> keeping.ResultCodec | None:
+        if not isinstance(keep_result, bool):
+            raise JobDefinitionError(f"{self.name}: keep_result is {keep_result!r}; allowed: True or False")
+        if keep_result and not self.keep:
+            raise JobDefinitionError(
+                f"{self.name}: keep_result is for jobs that are kept; say how long, as in @job(keep='1 day')"
+            )
+        return keeping.ResultCodec(self.function, job_name=self.name) if keep_result else None
 
     def _read_timetables(
         self, cron: str | Iterable[str] | None, *, overlap: bool, **options: Any
@@ -334,13 +349,18 @@ class Call(Generic[P]):
                 f"schema of its search_path; type `greenjobs migrate`"
             ) from error
         name = self._job.name
-        return [JobHandle(id, name, action != "enqueued", action) for id, action in enqueued]
+        handles = [JobHandle(id, name, action != "enqueued", action) for id, action in enqueued]
+        if given is not None:
+            note_transaction(handles, connection)
+        return handles
 
     def _batches(self, storage: Any, data: list[str], size: int) -> list[NewJobs]:
         return [self._new_jobs(storage, data[start : start + size]) for start in range(0, len(data), size)]
 
     def _new_jobs(self, storage: Any, data: list[str]) -> NewJobs:
         job, options = self._job, self._options
+        # On the row, too, for those who end it and do not know the job.
+        overrides = (("keep", job.keep), *options.overrides) if job.keep else options.overrides
         new: NewJobs = storage.NewJobs(
             job_type=job.name,
             data=data,
@@ -348,7 +368,7 @@ class Call(Generic[P]):
             priority=options.priority if options.priority is not None else job.priority,
             delay_seconds=options.delay_seconds,
             run_at=options.run_at,
-            options=json.dumps(dict(options.overrides)) if options.overrides else None,
+            options=json.dumps(dict(overrides)) if overrides else None,
         )
         if job.exclusion is not None:
             key_of = job.exclusion.key_of
@@ -404,6 +424,8 @@ def job(
     overlap: bool | None = None,
     overlap_key: str | Callable[..., str | int] | None = None,
     expires: float | timedelta | None = None,
+    keep: float | timedelta | str | None = None,
+    keep_result: bool = False,
     backoff: Backoff | Sequence[float] | float | None = None,
     retry_on: policy.ErrorTypes | None = None,
     discard_on: policy.ErrorTypes = (),
@@ -439,6 +461,9 @@ def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     With overlap=False one job of the type at most runs at any time over all runners, or one of each `overlap_key`: a
     format string over the parameters, or a function of the arguments. A job that has not begun `expires` seconds after
     it was due is discarded.
+
+    With `keep`, seconds or a text such as "7 days", a job that is done, discarded or cancelled stays for so long in the
+    history; with `keep_result` what it returned, too, as JSON.
     """
     if function is None:
         return lambda decorated: _register(Job(decorated, **settings))
@@ -476,6 +501,7 @@ def _register(new: Job[P, R]) -> Job[P, R]:
     for alias in former.aliases if former is not None else ():
         del _registry[alias]
     _registry.update(dict.fromkeys((new.name, *new.aliases), new))
+    keeping.register((new.name, *new.aliases), new.results)
     return new
 
 

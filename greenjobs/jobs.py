@@ -1,4 +1,4 @@
-"""Look at the jobs in the table, and change what becomes of them: retry, cancel, discard, prune.
+"""Look at the jobs in the table, and in the history, and change what becomes of them: retry, cancel, discard, prune.
 
     from greenjobs import jobs
 
@@ -25,21 +25,25 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from psycopg2 import errors
 
-from greenjobs import config, inspection, storage
+from greenjobs import config, history, inspection, storage
 from greenjobs.current import lender
 from greenjobs.errors import OptionError, SchemaError
+from greenjobs.handle import JobHandle
+from greenjobs.history import FinishedJob
 from greenjobs.inspection import JobFilter, StoredJob
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
     from typing_extensions import Unpack
 
-__all__ = ["Filters", "Outcome", "Plan", "StoredJob", "cancel", "count", "discard", "find", "get", "plan"]
-__all__ += ["prune", "retry"]
+__all__ = ["Filters", "FinishedJob", "Outcome", "Plan", "StoredJob", "cancel", "count", "discard", "find", "get"]
+__all__ += ["handle", "plan", "prune", "retry"]
 
 Action = Literal["retry", "cancel", "discard", "prune"]
 
 STATES = ("scheduled", "available", "running", "failed")
+KEPT_OUTCOMES = history.KEPT_OUTCOMES
+"""What jobs are that ended and are kept in the history."""
 
 # The states whose jobs each action takes; and those where neither a state nor an id is named: to have tomorrow's mails
 # sent today, or deleted, should take more than the name of their queue.
@@ -47,9 +51,12 @@ _TAKES: Mapping[Action, tuple[str, ...]] = {
     "retry": ("failed", "scheduled"),
     "cancel": ("scheduled", "available", "running"),
     "discard": ("failed", "scheduled", "available"),
-    "prune": ("failed",),
+    "prune": ("failed", *KEPT_OUTCOMES),
 }
-_TAKES_UNASKED: Mapping[Action, tuple[str, ...]] = {**_TAKES, "retry": ("failed",), "discard": ("failed",)}
+_TAKES_UNASKED: Mapping[Action, tuple[str, ...]] = {
+    **_TAKES,
+    **dict.fromkeys(("retry", "discard", "prune"), ("failed",)),
+}
 
 # A batch locks its jobs for some tens of milliseconds.
 _BATCH = 1000
@@ -65,7 +72,7 @@ class Filters(TypedDict, total=False):
 
     `queue`, `job_type` and `state` are a name or several. `error` is a part of the last error as `StoredJob.error` has
     it, in any case. `older_than` and `newer_than` are seconds, a timedelta, or a text such as "7 days" or "12h": since
-    the job failed, if it is failed, else since it was enqueued.
+    the job failed, if it is failed, since it ended, if it is in the history, else since it was enqueued.
     """
 
     queue: str | Iterable[str] | None
@@ -89,24 +96,45 @@ class Outcome:
     left_alone: Mapping[int, str] = field(default_factory=dict)
 
 
-def find(*ids: int, limit: int | None = 100, **filters: Unpack[Filters]) -> list[StoredJob]:
-    """The jobs that are meant, all without ids and filters: the newest first, up to `limit`, which may be None."""
-    meant = _meant(ids, filters, takes=STATES, unasked=None)
+def find(*ids: int, limit: int | None = 100, **filters: Unpack[Filters]) -> list[StoredJob | FinishedJob]:
+    """The jobs that are meant, all without ids and filters: the newest first, up to `limit`, which may be None.
+
+    Those of the history are meant where ids are given, or a state that is an outcome, such as "done".
+    """
+    meant = _meant(ids, filters, takes=(*STATES, *KEPT_OUTCOMES), unasked=None)
+    limit = _checked_limit(limit)
+    found: list[StoredJob | FinishedJob] = []
     with _connection() as connection:
-        return inspection.find_jobs(connection, meant, limit=_checked_limit(limit))
+        if _are_in_table(meant):
+            found += inspection.find_jobs(connection, meant, limit=limit)
+        if _are_in_history(meant):
+            found += history.find_jobs(connection, meant, limit=limit)
+    return sorted(found, key=lambda job: job.id, reverse=True)[:limit]
 
 
-def get(id: int) -> StoredJob | None:
-    """The job of that id; None when it is gone, because it is done or was deleted, or never was there."""
+def get(id: int) -> StoredJob | FinishedJob | None:
+    """The job of that id, from the history perhaps; None when it is gone, for it ended and is not kept, or never was.
+
+    Whether it is a FinishedJob, its `state` tells.
+    """
     found = find(id)
     return found[0] if found else None
 
 
 def count(*ids: int, **filters: Unpack[Filters]) -> int:
-    """How many jobs are meant, all without ids and filters."""
-    meant = _meant(ids, filters, takes=STATES, unasked=None)
+    """How many jobs are meant, all without ids and filters; those of the history as for `find`."""
+    meant = _meant(ids, filters, takes=(*STATES, *KEPT_OUTCOMES), unasked=None)
     with _connection() as connection:
-        return inspection.count_jobs(connection, meant)
+        counted = inspection.count_jobs(connection, meant) if _are_in_table(meant) else 0
+        return counted + (history.count_jobs(connection, meant) if _are_in_history(meant) else 0)
+
+
+def handle(id: int) -> JobHandle:
+    """The handle of a job that was enqueued earlier, elsewhere perhaps: to ask its status, wait for it, or cancel it.
+
+    Asks nothing of the database: its `job_type` is "", and an id that no job has is "gone".
+    """
+    return JobHandle(_checked_id(id), "")
 
 
 def retry(*ids: int, limit: int | None = None, **filters: Unpack[Filters]) -> Outcome:
@@ -129,7 +157,8 @@ def discard(*ids: int, limit: int | None = None, **filters: Unpack[Filters]) -> 
 
 
 def prune(*, limit: int | None = None, **filters: Unpack[Filters]) -> Outcome:
-    """Delete jobs that failed longer ago than `older_than`, which is `keep_failed` of the settings if not given."""
+    """Delete jobs that failed longer ago than `older_than`, which is `keep_failed` of the settings if not given; or,
+    where their state is named, such as "done", those of the history that ended longer ago than `older_than`."""
     return plan("prune", limit=limit, **filters).carry_out()
 
 
@@ -138,37 +167,44 @@ def plan(action: Action, *ids: int, limit: int | None = None, **filters: Unpack[
     if action == "prune":
         if ids:
             raise OptionError("prune takes no ids; discard does")
+        named = _names("state", filters.get("state"))
+        filters["state"] = named
         if filters.get("older_than") is None:
-            filters["older_than"] = _keep_failed()
+            filters["older_than"] = _keep_failed(named or ())
     elif not ids and all(value is None for value in filters.values()):
         raise OptionError(
             f"{action} which jobs? Name them by id, or by at least one of {', '.join(Filters.__annotations__)}"
         )
     limit = _checked_limit(limit)
     meant = _meant(ids, filters, takes=_TAKES[action], unasked=_TAKES_UNASKED[action], action=action)
+    finished: list[storage.Fence] = []
     with _connection() as connection:
         chosen = [storage.Fence(*each) for each in inspection.choose_jobs(connection, meant, limit=limit)]
+        if action == "prune" and _are_in_history(meant):
+            finished = [storage.Fence(*each) for each in history.choose_jobs(connection, meant, limit=limit)]
+            finished = finished if limit is None else finished[: limit - len(chosen)]
         missed = set(ids).difference(fence.id for fence in chosen)
         states = inspection.job_states(connection, sorted(missed)) if missed else {}
     assert meant.states is not None
     unfit = "does not fit the filters" if limit is None else "does not fit the filters, or is beyond the limit"
     left_alone = {id: _why_not_taken(states.get(id), meant.states, unfit) for id in sorted(missed)}
-    return Plan(action, tuple(meant.states), tuple(chosen), left_alone)
+    return Plan(action, tuple(meant.states), tuple(chosen), left_alone, tuple(finished))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The jobs that an action is going to take, as they were when they were chosen."""
+    """The jobs that an action is going to take, as they were when they were chosen; `finished` are of the history."""
 
     action: Action
     states: Sequence[str]
     chosen: Sequence[storage.Fence]
     left_alone: Mapping[int, str]
+    finished: Sequence[storage.Fence] = ()
 
     @property
     def ids(self) -> tuple[int, ...]:
         """The ids of the jobs to take."""
-        return tuple(fence.id for fence in self.chosen)
+        return tuple(fence.id for fence in (*self.chosen, *self.finished))
 
     def carry_out(self) -> Outcome:
         """Do it. What moves on before its turn comes is left alone."""
@@ -181,6 +217,12 @@ class Plan:
             done.extend(outcome.ids)
             asked.extend(outcome.asked)
             left_alone.update(outcome.left_alone)
+        for start in range(0, len(self.finished), _BATCH):
+            batch = self.finished[start : start + _BATCH]
+            with _connection() as connection:
+                forgotten = storage.forget(connection, batch)
+            done.extend(fence.id for fence in batch if fence.id in forgotten)
+            left_alone.update((fence.id, "has moved on: is gone") for fence in batch if fence.id not in forgotten)
         return Outcome(tuple(done), tuple(asked), left_alone)
 
     def _carry_out(self, batch: Sequence[storage.Fence]) -> Outcome:
@@ -251,12 +293,11 @@ def _meant(
     if unknown:
         raise TypeError(f"there is no filter {unknown[0]!r}; there are {', '.join(Filters.__annotations__)}")
     for id in ids:
-        if type(id) is not int or not 1 <= id <= _LARGEST_ID:
-            raise OptionError(f"{id!r} is not the id of a job; allowed: a whole number from 1")
+        _checked_id(id)
     states = _names("state", filters.get("state"))
     for state in states or ():
-        if state not in STATES:
-            raise OptionError(f"state is {state!r}; allowed: {', '.join(STATES)}")
+        if state not in STATES and state not in KEPT_OUTCOMES:
+            raise OptionError(f"state is {state!r}; allowed: {', '.join((*STATES, *KEPT_OUTCOMES))}")
         if state not in takes:
             raise OptionError(f"{action} does not take {state} jobs; it takes those that are {' or '.join(takes)}")
     if states is None and unasked is not None:
@@ -273,6 +314,22 @@ def _meant(
         older_than=_seconds("older_than", filters.get("older_than")),
         newer_than=_seconds("newer_than", filters.get("newer_than")),
     )
+
+
+def _are_in_table(meant: JobFilter) -> bool:
+    return meant.states is None or not set(STATES).isdisjoint(meant.states)
+
+
+def _are_in_history(meant: JobFilter) -> bool:
+    if meant.states is None:
+        return meant.ids is not None
+    return not set(KEPT_OUTCOMES).isdisjoint(meant.states)
+
+
+def _checked_id(id: int) -> int:
+    if type(id) is not int or not 1 <= id <= _LARGEST_ID:
+        raise OptionError(f"{id!r} is not the id of a job; allowed: a whole number from 1")
+    return id
 
 
 def _names(filter: str, given: str | Iterable[str] | None) -> list[str] | None:
@@ -300,7 +357,9 @@ def _checked_limit(limit: int | None) -> int | None:
     return limit
 
 
-def _keep_failed() -> float:
+def _keep_failed(states: Sequence[str]) -> float:
+    if set(states).intersection(KEPT_OUTCOMES):
+        raise OptionError("prune finished jobs that ended how long ago? Name older_than; 0 is all of them")
     seconds = config.current().keep_failed
     if not seconds:
         raise OptionError("prune jobs that failed how long ago? Name older_than, for keep_failed is forever")

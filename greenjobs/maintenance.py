@@ -39,6 +39,9 @@ _AUDIT_AGE_SECONDS = 10.0
 _PRUNE_SECONDS = 60.0
 _PRUNE_AT_ONCE = 1000
 
+# Finished jobs may be as many as jobs: so many statements a turn keep pace with what a runner finishes.
+_PRUNE_HISTORY_ROUNDS = 10
+
 # Entries of ended runners are kept for a day, for claims of theirs that arrived late and for people who ask.
 _REMEMBER_RUNNERS_SECONDS = 24 * 60 * 60.0
 
@@ -74,6 +77,7 @@ class Maintenance:
         self._greenlets: list[gevent.Greenlet[..., None]] = []
         self._audited_at = time.monotonic()
         self._prune_at = time.monotonic()
+        self._prune_history_at = time.monotonic()
 
     def start(self) -> None:
         """Begin all loops."""
@@ -219,6 +223,16 @@ class Maintenance:
         if pruned:
             logger.info("pruned %s jobs that failed more than %.0f s ago", pruned, keep_seconds)
 
+    def prune_history(self) -> None:
+        """Delete some of the finished jobs that were kept long enough, if it is time to look for them."""
+        if time.monotonic() < self._prune_history_at:
+            return
+        for _ in range(_PRUNE_HISTORY_ROUNDS):
+            pruned = self._service.call(storage.prune_history, limit=_PRUNE_AT_ONCE)
+            if pruned < _PRUNE_AT_ONCE:
+                self._prune_history_at = time.monotonic() + _PRUNE_SECONDS
+                return
+
     def _note_memory(self) -> None:
         runner = self._fellow.runner_id
         if runner is not None:
@@ -228,6 +242,7 @@ class Maintenance:
         while True:
             self._do_chores()
             self.prune()
+            self.prune_history()
             if time.monotonic() - self._audited_at > _AUDIT_SECONDS:
                 self._audited_at = time.monotonic()
                 self.audit()

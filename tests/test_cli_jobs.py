@@ -274,7 +274,7 @@ class TestPrune:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("list --state done", "greenjobs: state is 'done'; allowed: scheduled, available, running, failed"),
+        ("list --state over", "greenjobs: state is 'over'; allowed: scheduled, available, running, failed, done, "),
         ("list --older-than soon", "greenjobs: older_than is 'soon'; allowed: seconds, or a text such as"),
         ("list --limit 0", "greenjobs: limit is 0"),
         ("list --error=", "greenjobs: error is ''"),

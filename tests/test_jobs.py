@@ -240,7 +240,7 @@ class TestFinding:
     @pytest.mark.parametrize(
         ("filters", "message"),
         [
-            ({"state": "done"}, r"state is 'done'; allowed: scheduled, available, running, failed"),
+            ({"state": "over"}, r"state is 'over'; allowed: scheduled, available, running, failed, done, discarded"),
             ({"state": ["failed", 3]}, r"state is \['failed', 3\]; allowed: a name, or a list of names"),
             ({"queue": ""}, "queue is ''"),
             ({"queue": 5}, "queue is 5"),

@@ -19,7 +19,15 @@ from running import Database, application, work_off
 
 import greenjobs
 from greenjobs import Discard, Retry, Snooze, current_job, events, job, jobs, testing
-from greenjobs.errors import DatabaseUnavailable, NoCurrentJob, OptionError, PayloadError, SchemaError
+from greenjobs.errors import (
+    DatabaseUnavailable,
+    JobFailed,
+    JobNotEnded,
+    NoCurrentJob,
+    OptionError,
+    PayloadError,
+    SchemaError,
+)
 from greenjobs.job import Job
 
 
@@ -916,3 +924,38 @@ def test_outside_of_all_modes_nothing_is_different(database: Database) -> None:
     note.delay("stored")
     assert database.count("state = 'available'") == 1
     assert seen == []
+
+
+# --- handles ----------------------------------------------------------------------------------------------------------
+
+
+def test_handle_of_a_job_that_ran_inline_tells_how_it_ended(no_database: None) -> None:
+    @job
+    def double(n: int) -> int:
+        if n < 0:
+            raise ValueError("negative")
+        return 2 * n
+
+    with testing.inline(raise_errors=False):
+        done, failed = double.delay(4), double.options(max_retries=0).delay(-1)
+        waiting = double.delay(-1)
+    assert (done.status(), done.wait(), done.result()) == ("done", "done", 8)
+    assert (failed.status(), failed.wait()) == ("failed", "failed")
+    with pytest.raises(JobFailed, match="negative"):
+        failed.result()
+    with pytest.raises(JobNotEnded, match="scheduled"):
+        waiting.wait(5)
+
+
+def test_handle_of_a_recorded_job_says_that_nothing_runs_it(no_database: None) -> None:
+    @job
+    def double(n: int) -> int:
+        return 2 * n
+
+    with testing.recording():
+        handle = double.delay(4)
+        assert handle.status() == "available"
+        with pytest.raises(JobNotEnded, match="nothing runs it"):
+            handle.result()
+        handle.cancel()
+        assert (handle.status(), handle.wait()) == ("gone", "gone")

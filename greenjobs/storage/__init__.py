@@ -19,6 +19,7 @@ from greenjobs.storage.enqueuing import (
 )
 from greenjobs.storage.exclusive import claim_exclusive, wake_next
 from greenjobs.storage.fence import Fence
+from greenjobs.storage.history import Ended, end, forget, listen_for_end, prune_history, watch
 from greenjobs.storage.outcomes import KEPT_ERRORS, Failure, Snoozed, acknowledge, fail, give_back, snooze
 from greenjobs.storage.people import discard, prune, retry
 from greenjobs.storage.runners import (
@@ -49,6 +50,7 @@ __all__ = [
     "PROMOTER_SECONDS",
     "ClaimCursor",
     "ClaimedJob",
+    "Ended",
     "Enqueued",
     "Failure",
     "Fence",
@@ -66,19 +68,23 @@ __all__ = [
     "claim_order",
     "discard",
     "drop_schedule",
+    "end",
     "end_runners",
     "enqueue",
     "enqueue_inside",
     "exclusive_key",
     "fail",
+    "forget",
     "forget_runners",
     "give_back",
     "keep_schedule",
+    "listen_for_end",
     "note_memory",
     "note_tick",
     "pause_schedule",
     "promote",
     "prune",
+    "prune_history",
     "prune_windows",
     "register_runner",
     "remove_cancelled",
@@ -93,4 +99,5 @@ __all__ = [
     "unique_key",
     "wake",
     "wake_next",
+    "watch",
 ]

@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from greenjobs.storage.windows import END_WINDOWS_OF_REMOVED
+from greenjobs.storage.history import removal
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
 
-_REMOVE_WAITING = f"""
-WITH removed AS (
-    DELETE FROM background_jobs
-    WHERE id = ANY(%(ids)s)
-        AND state IN ('scheduled', 'available')
-    RETURNING id
-),
-{END_WINDOWS_OF_REMOVED}
-SELECT id
-FROM removed
-"""
+_REMOVE_WAITING = removal(
+    "cancelled",
+    """
+    WHERE job.id = ANY(%(ids)s)
+        AND job.state IN ('scheduled', 'available')
+    """,
+)
 
 _ASK_CANCEL = """
 WITH asked AS (
@@ -59,11 +55,13 @@ def cancel(connection: Connection, ids: Sequence[int]) -> tuple[list[int], list[
 
 
 # A job whose end was asked for may have come back from a dead runner, or from one that stopped, instead of ending.
-_REMOVE_CANCELLED = """
-DELETE FROM background_jobs
-WHERE cancel_asked_at IS NOT NULL
-    AND state IN ('scheduled', 'available')
-"""
+_REMOVE_CANCELLED = removal(
+    "cancelled",
+    """
+    WHERE job.cancel_asked_at IS NOT NULL
+        AND job.state IN ('scheduled', 'available')
+    """,
+)
 
 
 def remove_cancelled(connection: Connection) -> int:

@@ -9,6 +9,7 @@ from psycopg2 import errors
 
 from greenjobs.statement import Statement
 from greenjobs.storage.contest import CONTEST_ROUNDS, DROP_CONTESTED_KEYS
+from greenjobs.storage.history import tell_watchers
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -85,7 +86,7 @@ def route(connection: Connection, home_queues: Mapping[str, str]) -> list[str]:
 
 # The runner is blamed for at the moment it is found dead. What turns up later under its name is a claim that was still
 # on its way to the server then, and never started.
-_RESCUE = """
+_RESCUE = f"""
 WITH dead AS (
     SELECT id, hostname, pid, memory_bytes, ended_at IS NULL AS is_news
     FROM background_runners
@@ -145,7 +146,14 @@ FROM held
 WHERE job.id = held.id
     AND job.state = 'running'
     AND job.claimed_by = ANY(%(runners)s)
-RETURNING job.id, job.job_type, job.queue, job.crashes, job.state = 'failed', job.exclusive_key
+RETURNING
+    job.id,
+    job.job_type,
+    job.queue,
+    job.crashes,
+    job.state = 'failed',
+    job.exclusive_key,
+    CASE WHEN job.state = 'failed' THEN {tell_watchers("job", "'failed'")} END
 """
 
 _HELD_BY = """
@@ -166,7 +174,7 @@ def rescue(connection: Connection, dead_runners: Sequence[int], *, most_crashes:
         with connection.cursor() as cursor:
             try:
                 cursor.execute(_RESCUE, parameters)
-                return [Rescued._make(row) for row in cursor.fetchall()]
+                return [Rescued._make(row[:-1]) for row in cursor.fetchall()]
             except errors.UniqueViolation:
                 cursor.execute(_HELD_BY, parameters)
                 cursor.execute(DROP_CONTESTED_KEYS, {"ids": [row[0] for row in cursor.fetchall()]})

@@ -11,6 +11,7 @@ from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller'
 from greenjobs.statement import Statement
 from greenjobs.storage.contest import to_waiting
 from greenjobs.storage.fence import FENCE_TYPES, FENCED, Fence, fence_parameters
+from greenjobs.storage.history import tell_watchers
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -40,7 +41,7 @@ _ACKNOWLEDGE = Statement(
     f"""
 DELETE FROM background_jobs AS job
 USING {FENCED}
-RETURNING job.id
+RETURNING job.id, {tell_watchers("job", "'done'")}
 """,
     **FENCE_TYPES,
 )
@@ -57,7 +58,7 @@ def acknowledge(connection: Connection, runners: Sequence[int], done: Sequence[F
         return {row[0] for row in cursor.fetchall()}
 
 
-_FAIL = """
+_FAIL = f"""
 UPDATE background_jobs AS job
 SET
     state = CASE WHEN failure.retry_in IS NULL THEN 'failed' ELSE 'scheduled' END,
@@ -82,7 +83,9 @@ FROM jsonb_to_recordset(%(failures)s::jsonb)
 WHERE job.id = failure.id
     AND job.attempt = failure.attempt
     AND job.claimed_by = ANY(%(runners)s::int[])
-RETURNING job.id
+RETURNING
+    job.id,
+    CASE WHEN job.state = 'failed' THEN {tell_watchers("job", "'failed'")} END
 """
 
 

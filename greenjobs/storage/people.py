@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from greenjobs.storage.fence import Fence, int_array
+from greenjobs.storage.history import removal
 from greenjobs.storage.windows import END_WINDOWS_OF_REMOVED
 
 if TYPE_CHECKING:
@@ -54,18 +55,14 @@ def retry(connection: Connection, chosen: Sequence[Fence], *, states: Sequence[s
         return dict(cursor.fetchall())
 
 
-_DISCARD = f"""
-{_CHOSEN},
-removed AS (
-    DELETE FROM background_jobs AS job
+_DISCARD = removal(
+    "discarded",
+    """
     USING chosen
     WHERE job.id = chosen.id
-    RETURNING job.id
-),
-{END_WINDOWS_OF_REMOVED}
-SELECT id
-FROM removed
-"""
+    """,
+    after=f"{_CHOSEN},",
+)
 
 
 def discard(connection: Connection, chosen: Sequence[Fence], *, states: Sequence[str]) -> set[int]:
@@ -101,7 +98,7 @@ WITH removed AS (
     ))
     RETURNING id
 ),
-{END_WINDOWS_OF_REMOVED}
+{END_WINDOWS_OF_REMOVED.format(removed="removed")}
 SELECT id
 FROM removed
 """

@@ -8,14 +8,15 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
 
-# Goes with the statements by which people delete jobs, before these were done: what was not done may be asked for anew.
+# Goes with the statements by which people delete jobs, in their query `removed`, before these were done: what was not
+# done may be asked for anew.
 # An array in place of a join, so that the index is used, however wrong the planner's statistics are.
 END_WINDOWS_OF_REMOVED = """
-ended AS (
+closed AS (
     DELETE FROM background_unique_windows
     WHERE job_id = ANY(ARRAY(
         SELECT id
-        FROM removed
+        FROM {removed}
     ))
 )
 """

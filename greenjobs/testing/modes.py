@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,8 +18,9 @@ from psycopg2 import extensions
 
 from greenjobs import config, current, pool, storage
 from greenjobs.current import lender
-from greenjobs.errors import OptionError
+from greenjobs.errors import JobNotEnded, OptionError
 from greenjobs.handle import Action, JobHandle
+from greenjobs.history import Look, Status
 from greenjobs.job import Job
 from greenjobs.storage import NewJobs
 from greenjobs.testing import ledger
@@ -103,13 +104,49 @@ class Inline(_Stage):
         self.ran.append(ran)
         if self._raise_errors:
             ran.raise_error()
-        return _EndedHandle(row.id, job.name)
+        return _EndedHandle(ran)
 
 
-class _EndedHandle(JobHandle):
-    """Of a job that has run by now."""
+# What the outcomes of attempts that are not the last leave the job as.
+_STATUS_AFTER: Mapping[str, Status] = {"retried": "scheduled", "snoozed": "scheduled", "interrupted": "available"}
+
+
+class _NowhereHandle(JobHandle):
+    """Of a job that is in no database. It says at once how the job is doing, for nothing happens to it by itself."""
 
     __slots__ = ()
+
+    def _wait(self, timeout: float | timedelta | None) -> Look:
+        seen = self._look()
+        if not seen.has_ended:
+            raise JobNotEnded(
+                f"job {self.id} ({self.job_type}) is {seen.status}, and nothing runs it in this mode of the test",
+                id=self.id,
+                status=seen.status,
+            )
+        return seen
+
+
+class _EndedHandle(_NowhereHandle):
+    """Of a job that has run by now."""
+
+    __slots__ = ("_ran",)
+
+    def __init__(self, ran: Ran) -> None:
+        super().__init__(ran.id, ran.job_type)
+        self._ran = ran
+
+    def result(self, timeout: float | timedelta | None = None) -> Any:
+        """What the function returned, whether or not it would be kept."""
+        return self._ran.value if self._ran.outcome == "done" else super().result(timeout)
+
+    def _look(self) -> Look:
+        error = self._ran.error
+        return Look(
+            _STATUS_AFTER.get(self._ran.outcome) or cast("Status", self._ran.outcome),
+            self.job_type,
+            None if error is None else {"error": type(error).__qualname__, "message": str(error)},
+        )
 
     def cancel(self) -> Literal["removed", "asked", "gone"]:
         return "gone"
@@ -161,6 +198,11 @@ class Recording(_Stage):
         with self._lock:
             return self._recorded.pop(id, None) is not None
 
+    def has(self, id: int) -> bool:
+        """Whether this job is recorded."""
+        with self._lock:
+            return id in self._recorded
+
     def enqueue(self, job: Job[..., Any], new: NewJobs, *, connection: Any) -> list[JobHandle]:
         keys = new.unique_keys or itertools.repeat(None)
         return [self._record(job, new, data, key) for data, key in zip(new.data, keys, strict=False)]
@@ -175,7 +217,7 @@ class Recording(_Stage):
         return _RecordedHandle(enqueued.id, job.name, recording=self)
 
 
-class _RecordedHandle(JobHandle):
+class _RecordedHandle(_NowhereHandle):
     """Of a job that is nowhere but in a recording."""
 
     __slots__ = ("_recording",)
@@ -183,6 +225,9 @@ class _RecordedHandle(JobHandle):
     def __init__(self, id: int, job_type: str, duplicate: bool = False, *, recording: Recording) -> None:
         super().__init__(id, job_type, duplicate)
         self._recording = recording
+
+    def _look(self) -> Look:
+        return Look("available" if self._recording.has(self.id) else "gone", self.job_type)
 
     def cancel(self) -> Literal["removed", "asked", "gone"]:
         return "removed" if self._recording.remove(self.id) else "gone"
