@@ -234,7 +234,7 @@ class Plan:
                 removed, asked = storage.cancel(connection, [fence.id for fence in batch])
                 done = set(removed)
             else:
-                done = storage.discard(connection, batch, states=self.states)
+                done = storage.discard(connection, batch, states=self.states, is_kept=self.action != "prune")
         return _outcome(batch, done, asked)
 
 

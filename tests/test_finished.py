@@ -436,7 +436,7 @@ def test_result_that_cannot_be_read_costs_the_job_nothing(
     handle = work.delay()
     running.work_off(work)
     assert handle.wait(0) == "done"
-    assert "returned a Lazy, which could not be read (ConnectionError)" in caplog.text
+    assert "returned a Lazy, which cannot be written as Lazy: ConnectionError" in caplog.text
 
 
 def test_return_annotation_that_json_cannot_carry_is_refused_where_the_job_is_declared() -> None:

@@ -65,13 +65,25 @@ _DISCARD = removal(
 )
 
 
-def discard(connection: Connection, chosen: Sequence[Fence], *, states: Sequence[str]) -> set[int]:
-    """Delete jobs in these states, of which running must not be one; returns the ids of those that were deleted.
+_DELETE = f"""
+{_CHOSEN}
+DELETE FROM background_jobs AS job
+USING chosen
+WHERE job.id = chosen.id
+RETURNING job.id
+"""
 
-    Those that have moved on since they were chosen are left alone.
+
+def discard(
+    connection: Connection, chosen: Sequence[Fence], *, states: Sequence[str], is_kept: bool = True
+) -> set[int]:
+    """End jobs in these states, of which running must not be one; returns the ids of those that were.
+
+    Those that are to be kept go to the history, unless not even that is wanted. Those that have moved on since they
+    were chosen are left alone.
     """
     with connection.cursor() as cursor:
-        cursor.execute(_DISCARD, {**_chosen(chosen), "states": list(states)})
+        cursor.execute(_DISCARD if is_kept else _DELETE, {**_chosen(chosen), "states": list(states)})
         return {row[0] for row in cursor.fetchall()}
 
 
