@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from greenjobs import config
 from greenjobs.errors import NoCurrentJob
+from greenjobs.progress import JobLog, Progress, Recorder, Report
 
 if TYPE_CHECKING:
     from greenjobs.policy import Policy
@@ -37,11 +38,13 @@ class JobRow:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on."""
+    """Where jobs run: the queue, what the runner was given as context, the connections for jobs to enqueue on, and who
+    writes what they say of themselves; nobody does where that is None."""
 
     queue: str
     context: Any
     pool: ConnectionPool
+    recorder: Recorder | None = None
 
 
 class Declaration(Protocol):
@@ -58,7 +61,7 @@ class Declaration(Protocol):
 class Attempt:
     """One attempt of one job, while it runs. Made by the worker; shown by `current_job`."""
 
-    __slots__ = ("greenlet", "interrupted_by", "job", "place", "row", "started")
+    __slots__ = ("greenlet", "interrupted_by", "job", "place", "report", "row", "started")
 
     def __init__(self, job: Declaration, row: ClaimedJob, place: Place, greenlet: Any) -> None:
         self.job = job
@@ -67,6 +70,7 @@ class Attempt:
         self.greenlet = greenlet
         self.started = 0.0
         self.interrupted_by: BaseException | None = None
+        self.report: Report | None = None
 
     @property
     def max_retries(self) -> int:
@@ -167,6 +171,41 @@ class CurrentJob:
             created_at=datetime.fromtimestamp(row.created_at, timezone.utc),
         )
 
+    def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
+        """Say how far the job is, on its row, for `greenjobs jobs show` and `jobs.get`. Returns at once.
+
+        Call it as often as you like: the newest is written about once a second. It takes the place of the one before,
+        which stays until then, over retries, too: see `last_progress`. Numbers are from 0; `done` may be more than
+        `total`, where that was an estimate; a message is cut after 500 characters. Raises OptionError.
+        """
+        attempt = _running()
+        (attempt.report or _begin_report(attempt)).say(done, total, message)
+
+    @property
+    def last_progress(self) -> Progress | None:
+        """How far the job was said to be last, by this attempt or by one before; None when none said so.
+
+        Asks the database, once, unless this attempt has said so itself, or is the first. Raises DatabaseUnavailable.
+        """
+        attempt = _running()
+        report = attempt.report or _begin_report(attempt)
+        if report.progress is None and not report.former_is_known and attempt.row.attempt > 1:
+            settings = config.current()
+            pool, storage = database_rooms()
+            with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
+                report.former = Progress.read(storage.last_progress(connection, attempt.row.id))
+            report.former_is_known = True
+        return report.progress or report.former
+
+    @property
+    def log(self) -> JobLog:
+        """The logger of the job's module, which puts job_id, job_type, queue and attempt on every line.
+
+        With @job(keep_log=True) the newest lines are kept on the row as well, as far as it is.
+        """
+        attempt = _running()
+        return (attempt.report or _begin_report(attempt)).log
+
 
 current_job = CurrentJob()
 
@@ -176,6 +215,21 @@ def _running() -> Attempt:
     if attempt is None:
         raise NoCurrentJob("current_job is only there while a job runs; bool(current_job) tells whether one does")
     return attempt
+
+
+def _begin_report(attempt: Attempt) -> Report:
+    row, place = attempt.row, attempt.place
+    attempt.report = Report(
+        id=row.id,
+        claim=row.attempt,
+        job_type=row.job_type,
+        queue=place.queue,
+        attempt=attempt.number,
+        logger_name=attempt.job.__module__,
+        kept_lines=attempt.job.policy.keep_log,
+        recorder=place.recorder,
+    )
+    return attempt.report
 
 
 # --- what to enqueue on -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from greenjobs.progress import Progress
 from greenjobs.statement import Statement
 
 if TYPE_CHECKING:
@@ -295,7 +296,8 @@ class StoredJob:
     `crashes` how often its runner died. `age_seconds` is counted from when it failed, if it is failed, else from when
     it was enqueued. `runner` is host:pid of the runner that holds it. `options` is what its call said otherwise than
     the job. `errors` are those of the last attempts, the newest last, each with at least at, attempt, error (its
-    class), message and runner.
+    class), message and runner. `progress` is what it said last of how far it is; `log` are the newest lines that it
+    logged, where it keeps them, each with at, attempt, level and message.
     """
 
     id: int
@@ -317,6 +319,8 @@ class StoredJob:
     unique_key: str | None
     options: Mapping[str, Any] | None
     errors: Sequence[Mapping[str, Any]]
+    progress: Progress | None
+    log: Sequence[Mapping[str, Any]]
 
     @property
     def error(self) -> str | None:
@@ -362,7 +366,9 @@ SELECT
     job.cancel_asked_at,
     job.unique_key,
     job.options,
-    coalesce(job.errors, '[]')
+    coalesce(job.errors, '[]'),
+    job.progress,
+    coalesce(job.log, '[]')
 FROM background_jobs AS job
 LEFT JOIN background_runners AS runner ON runner.id = job.claimed_by
 WHERE {_IS_MEANT}
@@ -375,7 +381,7 @@ def find_jobs(connection: Connection, meant: JobFilter, *, limit: int | None) ->
     """The jobs that are meant, the newest first."""
     with connection.cursor() as cursor:
         cursor.execute(_FIND, {**asdict(meant), "limit": limit})
-        return [StoredJob(*row) for row in cursor.fetchall()]
+        return [StoredJob(*(*row, Progress.read(progress), log)) for *row, progress, log in cursor.fetchall()]
 
 
 _COUNT = f"""
