@@ -26,7 +26,9 @@ from greenjobs.current import Attempt, Place, enter_attempt
 from greenjobs.errors import JobCancelled, JobControl, JobHardTimeout, JobTimeout
 from greenjobs.job import Job
 from greenjobs.policy import Verdict, judge
+from greenjobs.progress import storable
 from greenjobs.storage import ClaimedJob, Failure, Fence, Snoozed, claim_order
+from greenjobs.tally import Tally
 
 if TYPE_CHECKING:
     from greenjobs.acknowledger import Acknowledger
@@ -47,7 +49,7 @@ class Executor:
     """Runs the jobs of one queue, `pool` at a time.
 
     `on_room` is called when there may be room for more. `finished` counts jobs and `busy_seconds` adds up how long they
-    ran; both only grow.
+    ran; both only grow. `tallies` count by job type, for whoever takes from them.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Executor:
         self.running: dict[int, Attempt] = {}
         self.finished = 0
         self.busy_seconds = 0.0
+        self.tallies = {job_type: Tally() for job_type in jobs}
         self._jobs = jobs
         self._place = place
         self._runner_name = runner_name
@@ -120,6 +123,7 @@ class Executor:
             if row.id == job_id:
                 self._ready.remove(row)
                 self._done(Fence(row.id, row.attempt))
+                self.tallies[row.job_type].cancelled += 1
                 self._on_room()
                 return
 
@@ -209,6 +213,7 @@ class Executor:
         attempt.started = started = time.perf_counter()
         timeouts = attempt.timeouts()
         timers = self._start_timers(attempt, *timeouts) if timeouts is not None else ()
+        outcome: events.Outcome = "done"
         try:
             args, kwargs = job.codec.decode(row.data)
             job.function(*args, **kwargs)
@@ -216,8 +221,11 @@ class Executor:
                 raise attempt.interrupted_by
         except BaseException as error:  # a job may raise anything; SystemExit and GreenletExit are failures, too
             # Without the first frame, which is this one.
-            self._settle_raised(attempt, error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
+            error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+            outcome = self._settle_raised(attempt, error)
         else:
+            if attempt.report is not None:
+                attempt.report.end(stays=False)
             self._done(Fence(row.id, row.attempt))
             if events.handlers:
                 self._publish(attempt, Verdict("done"), None)
@@ -228,10 +236,18 @@ class Executor:
                 timer.close()
             del self.running[row.id]
             self.finished += 1
-            self.busy_seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.busy_seconds += seconds
+            tally = self.tallies[row.job_type]
+            if outcome == "done":
+                tally.done += 1
+                tally.run_seconds += seconds
+                tally.waited_seconds += row.waited
+            else:
+                tally.add(outcome, seconds, row.waited)
             self._on_room()
 
-    def _settle_raised(self, attempt: Attempt, error: BaseException) -> None:
+    def _settle_raised(self, attempt: Attempt, error: BaseException) -> events.Outcome:
         # Whatever came out of a job that was told to end: psycopg2 wraps what is raised while it waits, and tidying up
         # may fail in its own ways.
         if isinstance(attempt.interrupted_by, JobControl):
@@ -242,6 +258,8 @@ class Executor:
             _log(attempt, verdict, error)
         except Exception:  # a filter or a handler of the application's
             sys.stderr.write(f"job {attempt.row.id} ({attempt.job.name}): {verdict.outcome}; logging it failed\n")
+        if attempt.report is not None:
+            attempt.report.end(stays=verdict.outcome not in ("discarded", "cancelled"))
         if verdict.outcome in ("failed", "retried"):
             record = _error_record(error, attempt.number, self._runner_name)
             self._failed(Failure(fence, verdict.retry_in, record))
@@ -255,6 +273,7 @@ class Executor:
         hook = {"failed": policy.on_failure, "discarded": policy.on_discard}.get(verdict.outcome)
         if events.handlers or hook is not None:
             self._publish(attempt, verdict, error, *([hook] if hook is not None else []))
+        return verdict.outcome
 
     def _publish(self, attempt: Attempt, verdict: Verdict, error: BaseException | None, *more: events.Handler) -> None:
         row = attempt.row
@@ -328,11 +347,7 @@ def _error_record(error: BaseException, attempt: int, runner_name: str) -> dict[
         "at": datetime.now(timezone.utc).isoformat(),
         "attempt": attempt,
         "error": type(error).__qualname__,
-        "message": _storable(message)[:_LONGEST_MESSAGE],
-        "traceback": _storable(trace)[-_LONGEST_TRACEBACK:],
+        "message": storable(message)[:_LONGEST_MESSAGE],
+        "traceback": storable(trace)[-_LONGEST_TRACEBACK:],
         "runner": runner_name,
     }
-
-
-def _storable(text: str) -> str:
-    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()

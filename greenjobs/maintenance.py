@@ -34,8 +34,8 @@ _CARE_SECONDS = 1.0
 _AUDIT_SECONDS = 30.0
 _AUDIT_AGE_SECONDS = 10.0
 
-# Failed jobs that were kept long enough are looked for this often, by every runner; when there were as many as one
-# statement deletes, again a turn later.
+# What was kept long enough, failed jobs and counts, is looked for this often, by every runner; when there was as much
+# as one statement deletes, again a turn later.
 _PRUNE_SECONDS = 60.0
 _PRUNE_AT_ONCE = 1000
 
@@ -52,6 +52,7 @@ class Fellow(Protocol):
     job_types: Sequence[str]
     max_crashes: int
     keep_failed_seconds: float
+    keep_counts_seconds: float
 
     def cancel(self, job_id: int) -> None:
         """End this job, if it is here."""
@@ -61,6 +62,9 @@ class Fellow(Protocol):
 
     def claim_suspect(self, queue: str) -> None:
         """Take one job whose runner died from this queue, unless one is held here."""
+
+    def note_failed(self, queue: str, job_type: str) -> None:
+        """Count a job that failed because its runners died."""
 
 
 class Maintenance:
@@ -74,6 +78,7 @@ class Maintenance:
         self._greenlets: list[gevent.Greenlet[..., None]] = []
         self._audited_at = time.monotonic()
         self._prune_at = time.monotonic()
+        self._prune_counts_at = time.monotonic()
 
     def start(self) -> None:
         """Begin all loops."""
@@ -171,6 +176,8 @@ class Maintenance:
                 *(job.id, job.job_type, job.crashes, outcome),
                 extra={"job_id": job.id, "job_type": job.job_type, "queue": job.queue},
             )
+            if job.has_failed:
+                self._fellow.note_failed(job.queue, job.job_type)
         queues = sorted({job.queue for job in rescued if not job.has_failed})
         self._wake(queues)
         own = [queue for queue in queues if queue in self._fellow.workers]
@@ -210,6 +217,15 @@ class Maintenance:
         if pruned:
             logger.info("pruned %s jobs that failed more than %.0f s ago", pruned, keep_seconds)
 
+    def prune_counts(self) -> None:
+        """Delete some of the counts of minutes longer ago than they are kept, if it is time to look for them."""
+        keep_seconds = self._fellow.keep_counts_seconds
+        if not keep_seconds or time.monotonic() < self._prune_counts_at:
+            return
+        pruned = self._service.call(storage.prune_counts, age_seconds=keep_seconds, limit=_PRUNE_AT_ONCE)
+        if pruned < _PRUNE_AT_ONCE:
+            self._prune_counts_at = time.monotonic() + _PRUNE_SECONDS
+
     def _note_memory(self) -> None:
         runner = self._fellow.runner_id
         if runner is not None:
@@ -219,6 +235,7 @@ class Maintenance:
         while True:
             self._do_chores()
             self.prune()
+            self.prune_counts()
             if time.monotonic() - self._audited_at > _AUDIT_SECONDS:
                 self._audited_at = time.monotonic()
                 self.audit()

@@ -8,10 +8,12 @@ runner and the attempt they speak for, and leave alone a row that has moved on.
 from greenjobs.storage.cancellation import cancel, remove_cancelled
 from greenjobs.storage.care import Rescued, promote, rescue, route
 from greenjobs.storage.claims import ClaimCursor, ClaimedJob, claim, claim_order
+from greenjobs.storage.counts import add_counts, prune_counts, read_counts, total_counts
 from greenjobs.storage.enqueuing import PROMOTER_SECONDS, Enqueued, NewJobs, enqueue, enqueue_inside, unique_key
 from greenjobs.storage.fence import Fence
 from greenjobs.storage.outcomes import KEPT_ERRORS, Failure, Snoozed, acknowledge, fail, give_back, snooze
 from greenjobs.storage.people import discard, prune, retry
+from greenjobs.storage.progress import last_progress, report
 from greenjobs.storage.runners import (
     end_runners,
     forget_runners,
@@ -47,6 +49,7 @@ __all__ = [
     "Snoozed",
     "TakenTicks",
     "acknowledge",
+    "add_counts",
     "atomic",
     "cancel",
     "claim",
@@ -60,20 +63,25 @@ __all__ = [
     "forget_runners",
     "give_back",
     "keep_schedule",
+    "last_progress",
     "note_memory",
     "note_tick",
     "pause_schedule",
     "promote",
     "prune",
+    "prune_counts",
+    "read_counts",
     "register_runner",
     "remove_cancelled",
     "renew_lease",
+    "report",
     "rescue",
     "retry",
     "route",
     "say_waiting",
     "snooze",
     "take_ticks",
+    "total_counts",
     "unique_key",
     "wake",
 ]
