@@ -193,9 +193,10 @@ def test_counts_are_written_while_the_runner_runs_and_not_while_it_is_idle(
     def work() -> None: ...
 
     with running.started(Runner().register(work)):
-        for number in (1, 2):
-            work.delay()
-            eventually(lambda: sums(database) == {"done": number}, "it was not counted")
+        work.delay()
+        eventually(lambda: sums(database) == {"done": 1}, "the first was not counted")
+        work.delay()
+        eventually(lambda: sums(database) == {"done": 2}, "the second was not counted")
         seen = len(looks)
         eventually(lambda: len(looks) > seen + 10, "it does not look any more")
     assert [turn for turn, _ in written] == [1, 2]
