@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from gevent.event import Event
 
 from greenjobs import storage
+from greenjobs.reporter import Reporter
 from greenjobs.storage import Ended, Failure, Fence, Snoozed
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Acknowledger:
     def __init__(self, service: Service, *, on_settled: Callable[[set[int]], None], spawn: Spawn) -> None:
         self._service = service
         self._on_settled = on_settled
+        self.reporter = Reporter(service, spawn=spawn)
         self.done: Group[Fence] = Group(self._write_done, spawn)
         self.ended: Group[Ended] = Group(self._write_ended, spawn)
         self.failed: Group[Failure] = Group(self._write_failed, spawn)
@@ -108,6 +110,7 @@ class Acknowledger:
 
     def stop(self) -> None:
         """End it; see Group.stop."""
+        self.reporter.stop()
         for group in self._groups:
             group.stop()
 
@@ -118,6 +121,7 @@ class Acknowledger:
         self._settle(held, done, is_sure=service.failures == failures_before)
 
     def _write_ended(self, ended: Sequence[Ended]) -> None:
+        self.reporter.flush()
         service = self._service
         for batch in _by_size(ended):
             failures_before = service.failures
@@ -125,20 +129,24 @@ class Acknowledger:
             self._settle(held, [each.fence for each in batch], is_sure=service.failures == failures_before)
 
     def _write_failed(self, failures: Sequence[Failure]) -> None:
+        self.reporter.flush()
         service = self._service
         failures_before = service.failures
         held = service.call(storage.fail, service.runner_ids, failures)
         self._settle(held, [failure.fence for failure in failures], is_sure=service.failures == failures_before)
 
     def _write_unfinished(self, unfinished: Sequence[Fence]) -> None:
+        self.reporter.flush()
         self._service.call(storage.give_back, self._service.runner_ids, unfinished)
         self._on_settled({fence.id for fence in unfinished})
 
     def _write_interrupted(self, interrupted: Sequence[Fence]) -> None:
+        self.reporter.flush()
         self._service.call(storage.give_back, self._service.runner_ids, interrupted, has_started=True)
         self._on_settled({fence.id for fence in interrupted})
 
     def _write_snoozed(self, snoozed: Sequence[Snoozed]) -> None:
+        self.reporter.flush()
         service = self._service
         failures_before = service.failures
         held = service.call(storage.snooze, service.runner_ids, snoozed)

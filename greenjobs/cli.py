@@ -15,7 +15,8 @@ from typing import Any
 import click
 import gevent
 
-from greenjobs import config, inspection, migrate, pool
+from greenjobs import config, counts, inspection, migrate, pool
+from greenjobs.cli_counts import counts_command, print_rates
 from greenjobs.cli_jobs import jobs_group
 from greenjobs.cli_options import configure, plain_errors, setting_options
 from greenjobs.cli_schedules import schedules_group
@@ -41,6 +42,7 @@ def main() -> None:
     """Background jobs for synchronous Python, in PostgreSQL, on gevent."""
 
 
+main.add_command(counts_command)
 main.add_command(jobs_group)
 main.add_command(schedules_group)
 
@@ -138,7 +140,7 @@ def migrate_command(check: bool, sql: bool, **arguments: str | None) -> None:
 @setting_options("database_url")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def status(as_json: bool, **arguments: str | None) -> None:
-    """Show the queues, how much waits in them, the live runners, and what waits for none of these."""
+    """Show the queues, how much waits in them, how fast it goes, the live runners, and what waits for none of these."""
     with plain_errors():
         settings = configure(arguments)
         with pool.shared_pool(settings).connection() as connection:
@@ -146,19 +148,22 @@ def status(as_json: bool, **arguments: str | None) -> None:
             queues = inspection.queue_statuses(connection)
             runners = inspection.live_runners(connection)
             unknown = inspection.unknown_job_types(connection)
+        rates = counts.rates()
     if as_json:
         document = {
             "queues": [asdict(queue) for queue in queues],
+            "rates": [rate.as_dict() for rate in rates],
             "runners": [asdict(runner) for runner in runners],
             "unknown_job_types": [asdict(job_type) for job_type in unknown],
         }
         click.echo(json.dumps(document, default=str, indent=2))
         return
-    _print_status(queues, runners, unknown)
+    _print_status(queues, rates, runners, unknown)
 
 
 def _print_status(
     queues: list[inspection.QueueStatus],
+    rates: list[counts.Total],
     runners: list[inspection.RunnerStatus],
     unknown: list[inspection.UnknownJobType],
 ) -> None:
@@ -180,6 +185,7 @@ def _print_status(
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         click.echo("  ".join(cells).rstrip())
     click.echo()
+    print_rates(rates)
     if not runners:
         click.echo("no live runners")
     for runner in runners:

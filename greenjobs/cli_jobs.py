@@ -16,6 +16,7 @@ from greenjobs import jobs, migrate, pool
 from greenjobs.cli_options import Command, configure, plain_errors, setting_options
 from greenjobs.errors import OptionError
 from greenjobs.jobs import FinishedJob, Outcome, Plan, StoredJob
+from greenjobs.progress import Progress
 
 # What was asked for by id could not be done, or not for all.
 EXIT_LEFT_ALONE = 1
@@ -253,6 +254,11 @@ def _description(job: StoredJob | FinishedJob) -> str:
         where = f"attempt {error.get('attempt')} at {error.get('at')} on {error.get('runner')}"
         lines += ["", _visible(f"  {where}: {error.get('error')}: {error.get('message')}")]
         lines += [f"    {line}" for line in _visible(str(error.get("traceback") or "")).splitlines()]
+    if job.log:
+        lines += ["", "  log:"]
+    for said in job.log:
+        where = f"attempt {said.get('attempt')} at {said.get('at')}"
+        lines.append(_visible(f"    {where}: {said.get('level')} {said.get('message')}"))
     return "\n".join(lines)
 
 
@@ -272,6 +278,7 @@ def _facts_of_finished(job: FinishedJob) -> list[tuple[str, str]]:
         ("crashes", str(job.crashes)),
         ("arguments", _visible(json.dumps(job.data, ensure_ascii=False))),
         *([("result", _visible(json.dumps(job.result, ensure_ascii=False)))] if job.has_result else []),
+        *([("progress", _on_one_line(_progress(job.progress)))] if job.progress is not None else []),
     ]
 
 
@@ -295,7 +302,16 @@ def _facts(job: StoredJob) -> list[tuple[str, str]]:
         *([("waits for", f"job {job.waits_for}, with the same overlap key")] if job.waits_for is not None else []),
         *([("options", _visible(json.dumps(job.options)))] if job.options else []),
         ("arguments", _visible(json.dumps(job.data, ensure_ascii=False))),
+        *([("progress", _on_one_line(_progress(job.progress)))] if job.progress is not None else []),
     ]
+
+
+def _progress(progress: Progress) -> str:
+    done, total = f"{progress.done:,}", progress.total
+    share = "" if not total else f" of {total:,} ({100 * progress.done / total:.0f} %)"
+    message = "" if progress.message is None else f": {progress.message}"
+    at = "" if progress.at is None else f", at {_moment(progress.at)}"
+    return f"{done}{share}{message}{at}"
 
 
 def _moment(at: datetime | None) -> str:

@@ -252,6 +252,11 @@ class Settings:
         _Kind(_how_long_to_keep, f'{DURATION_FORMS}; or "forever", which is 0'),
         'How long failed jobs are kept, in seconds or as in "30 days"; then runners delete them. "forever": never.',
     )
+    keep_counts: float = _option(
+        7 * 86_400.0,
+        _Kind(_how_long_to_keep, f'{DURATION_FORMS}; or "forever", which is 0'),
+        'How long the counts of jobs by the minute are kept, in seconds or as in "7 days". "forever": never deleted.',
+    )
     grace: float = _option(
         30.0,
         _number(float, "a number of seconds", 0, 86_400),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from greenjobs import config
 from greenjobs.errors import NoCurrentJob
+from greenjobs.progress import JobLog, Progress, Recorder, Report
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -45,13 +46,15 @@ class JobRow:
 class Place:
     """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on.
 
-    `runner_ids` are those under which this process may have claimed its jobs; they become more.
+    `runner_ids` are those under which this process may have claimed its jobs; they become more. `recorder` writes what
+    the jobs say of themselves; nobody does where it is None.
     """
 
     queue: str
     context: Any
     pool: ConnectionPool
     runner_ids: Sequence[int] = ()
+    recorder: Recorder | None = None
 
 
 class Declaration(Protocol):
@@ -72,7 +75,7 @@ class Attempt:
     `completion` is the transaction in which it completes, or has completed, if there is one.
     """
 
-    __slots__ = ("completion", "greenlet", "interrupted_by", "job", "place", "row", "started")
+    __slots__ = ("completion", "greenlet", "interrupted_by", "job", "place", "report", "row", "started")
 
     def __init__(self, job: Declaration, row: ClaimedJob, place: Place, greenlet: Any) -> None:
         self.job = job
@@ -82,6 +85,7 @@ class Attempt:
         self.started = 0.0
         self.interrupted_by: BaseException | None = None
         self.completion: Transaction | None = None
+        self.report: Report | None = None
 
     @property
     def max_retries(self) -> int:
@@ -199,6 +203,41 @@ class CurrentJob:
         """
         return completion_room().Transaction(_running(), connection)  # type: ignore[no-any-return]
 
+    def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
+        """Say how far the job is, on its row, for `greenjobs jobs show` and `jobs.get`. Returns at once.
+
+        Call it as often as you like: the newest is written about once a second. It takes the place of the one before,
+        which stays until then, over retries, too: see `last_progress`. Numbers are from 0; `done` may be more than
+        `total`, where that was an estimate; a message is cut after 500 characters. Raises OptionError.
+        """
+        attempt = _running()
+        (attempt.report or _begin_report(attempt)).say(done, total, message)
+
+    @property
+    def last_progress(self) -> Progress | None:
+        """How far the job was said to be last, by this attempt or by one before; None when none said so.
+
+        Asks the database, once, unless this attempt has said so itself, or is the first. Raises DatabaseUnavailable.
+        """
+        attempt = _running()
+        report = attempt.report or _begin_report(attempt)
+        if report.progress is None and not report.former_is_known and attempt.row.attempt > 1:
+            settings = config.current()
+            pool, storage = database_rooms()
+            with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
+                report.former = Progress.read(storage.last_progress(connection, attempt.row.id))
+            report.former_is_known = True
+        return report.progress or report.former
+
+    @property
+    def log(self) -> JobLog:
+        """The logger of the job's module, which puts job_id, job_type, queue and attempt on every line.
+
+        With @job(keep_log=True) the newest lines are kept on the row as well, as far as it is.
+        """
+        attempt = _running()
+        return (attempt.report or _begin_report(attempt)).log
+
 
 current_job = CurrentJob()
 
@@ -208,6 +247,21 @@ def _running() -> Attempt:
     if attempt is None:
         raise NoCurrentJob("current_job is only there while a job runs; bool(current_job) tells whether one does")
     return attempt
+
+
+def _begin_report(attempt: Attempt) -> Report:
+    row, place = attempt.row, attempt.place
+    attempt.report = Report(
+        id=row.id,
+        claim=row.attempt,
+        job_type=row.job_type,
+        queue=place.queue,
+        attempt=attempt.number,
+        logger_name=attempt.job.__module__,
+        kept_lines=attempt.job.policy.keep_log,
+        recorder=place.recorder,
+    )
+    return attempt.report
 
 
 # --- what to enqueue on -----------------------------------------------------------------------------------------------

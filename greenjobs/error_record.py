@@ -6,6 +6,8 @@ import traceback
 from datetime import datetime, timezone
 from typing import Any
 
+from greenjobs.progress import storable
+
 _LONGEST_MESSAGE = 2_000
 _LONGEST_TRACEBACK = 8_000
 
@@ -22,11 +24,7 @@ def error_record(error: BaseException, attempt: int, runner_name: str) -> dict[s
         "at": datetime.now(timezone.utc).isoformat(),
         "attempt": attempt,
         "error": type(error).__qualname__,
-        "message": _storable(message)[:_LONGEST_MESSAGE],
-        "traceback": _storable(trace)[-_LONGEST_TRACEBACK:],
+        "message": storable(message)[:_LONGEST_MESSAGE],
+        "traceback": storable(trace)[-_LONGEST_TRACEBACK:],
         "runner": runner_name,
     }
-
-
-def _storable(text: str) -> str:
-    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()

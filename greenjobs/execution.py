@@ -36,6 +36,7 @@ from greenjobs.job import Job
 from greenjobs.keeping import keep_seconds
 from greenjobs.policy import Verdict, judge
 from greenjobs.storage import ClaimedJob, Ended, Failure, Fence, Snoozed, claim_order
+from greenjobs.tally import Tally
 
 if TYPE_CHECKING:
     from greenjobs.acknowledger import Acknowledger
@@ -53,7 +54,7 @@ class Executor:
     """Runs the jobs of one queue, `pool` at a time.
 
     `on_room` is called when there may be room for more. `finished` counts jobs and `busy_seconds` adds up how long they
-    ran; both only grow.
+    ran; both only grow. `tallies` count by job type, for whoever takes from them.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Executor:
         self.running: dict[int, Attempt] = {}
         self.finished = 0
         self.busy_seconds = 0.0
+        self.tallies = {job_type: Tally() for job_type in jobs}
         self._jobs = jobs
         self._place = place
         self._runner_name = runner_name
@@ -129,6 +131,7 @@ class Executor:
                 self._ready.remove(row)
                 keep = keep_seconds(self._jobs[row.job_type].keep, row.options)
                 self._ended(Ended(Fence(row.id, row.attempt), "cancelled", keep))
+                self.tallies[row.job_type].cancelled += 1
                 self._on_room()
                 return
 
@@ -218,6 +221,7 @@ class Executor:
         attempt.started = started = time.perf_counter()
         timeouts = attempt.timeouts()
         timers = self._start_timers(attempt, *timeouts) if timeouts is not None else ()
+        outcome: events.Outcome = "done"
         try:
             if row.start_by is not None and time.monotonic() >= row.start_by:
                 raise JobExpired("it had not started when it expired")
@@ -229,9 +233,12 @@ class Executor:
                 attempt.completion.end()
         except BaseException as error:  # a job may raise anything; SystemExit and GreenletExit are failures, too
             # Without the first frame, which is this one.
-            self._settle_raised(attempt, error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
+            error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+            outcome = self._settle_raised(attempt, error)
         else:
             fence = Fence(row.id, row.attempt)
+            if attempt.report is not None:
+                attempt.report.end(stays=attempt.completion is None and bool(keep_seconds(job.keep, row.options)))
             if attempt.completion is not None:
                 self._completed(fence)
             elif row.options is None and not job.keep:
@@ -247,10 +254,18 @@ class Executor:
                 timer.close()
             del self.running[row.id]
             self.finished += 1
-            self.busy_seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.busy_seconds += seconds
+            tally = self.tallies[row.job_type]
+            if outcome == "done":
+                tally.done += 1
+                tally.run_seconds += seconds
+                tally.waited_seconds += row.waited
+            else:
+                tally.add(outcome, seconds, row.waited)
             self._on_room()
 
-    def _settle_raised(self, attempt: Attempt, error: BaseException) -> None:
+    def _settle_raised(self, attempt: Attempt, error: BaseException) -> events.Outcome:
         # Whatever came out of a job that was told to end: psycopg2 wraps what is raised while it waits, and tidying up
         # may fail in its own ways.
         if isinstance(attempt.interrupted_by, JobControl):
@@ -267,6 +282,11 @@ class Executor:
             _log(attempt, verdict, error)
         except Exception:  # a filter or a handler of the application's
             sys.stderr.write(f"job {attempt.row.id} ({attempt.job.name}): {verdict.outcome}; logging it failed\n")
+        if attempt.report is not None:
+            # One that has completed in its own transaction is gone; what else has ended may be kept.
+            is_kept = bool(keep_seconds(self._jobs[attempt.row.job_type].keep, attempt.row.options))
+            has_ended = verdict.outcome in ("discarded", "cancelled", "expired")
+            attempt.report.end(stays=is_kept if has_ended else verdict.outcome != "done")
         if verdict.outcome in ("failed", "retried"):
             record = error_record(error, attempt.number, self._runner_name)
             self._failed(Failure(fence, verdict.retry_in, record))
@@ -286,6 +306,7 @@ class Executor:
         hook = hooks.get(verdict.outcome)
         if events.handlers or hook is not None:
             self._publish(attempt, verdict, error, *([hook] if hook is not None else []))
+        return verdict.outcome
 
     def _keep_done(self, attempt: Attempt, job: Job[Any, Any], value: Any) -> None:
         """Hand over a job that is done and may be kept, with what it returned."""

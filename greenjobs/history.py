@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller's connection makes by itself
 
 from greenjobs.inspection import HISTORY_IS_MEANT, JobFilter
+from greenjobs.progress import Progress
 from greenjobs.statement import Statement
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class FinishedJob:
     has_result: bool
     result: Any
     errors: Sequence[Mapping[str, Any]]
-    progress: Mapping[str, Any] | None
+    progress: Progress | None
     log: Sequence[Mapping[str, Any]]
 
     @property
@@ -137,7 +138,7 @@ def find_jobs(connection: Connection, meant: JobFilter, *, limit: int | None) ->
     """The finished jobs that are meant, the newest first."""
     with connection.cursor() as cursor:
         cursor.execute(_FIND, {**asdict(meant), "limit": limit})
-        return [FinishedJob(*row) for row in cursor.fetchall()]
+        return [FinishedJob(*(*row, Progress.read(progress), log)) for *row, progress, log in cursor.fetchall()]
 
 
 _COUNT = f"""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller's connection makes by itself
 
+from greenjobs.progress import Progress
 from greenjobs.statement import Statement
 
 if TYPE_CHECKING:
@@ -317,7 +318,8 @@ class StoredJob:
     it was enqueued. `runner` is host:pid of the runner that holds it. `expires_at` is None for a job that does not
     expire, or not any more. `waits_for` is the running job that has the same `exclusive_key`. `options` is what its
     call said otherwise than the job. `errors` are those of the last attempts, the newest last, each with at least at,
-    attempt, error (its class), message and runner.
+    attempt, error (its class), message and runner. `progress` is what it said last of how far it is; `log` are the
+    newest lines that it logged, where it keeps them, each with at, attempt, level and message.
     """
 
     id: int
@@ -342,6 +344,8 @@ class StoredJob:
     waits_for: int | None
     options: Mapping[str, Any] | None
     errors: Sequence[Mapping[str, Any]]
+    progress: Progress | None
+    log: Sequence[Mapping[str, Any]]
 
     @property
     def error(self) -> str | None:
@@ -400,7 +404,9 @@ SELECT
             AND job.state = 'available'
     ),
     job.options,
-    coalesce(job.errors, '[]')
+    coalesce(job.errors, '[]'),
+    job.progress,
+    coalesce(job.log, '[]')
 FROM background_jobs AS job
 LEFT JOIN background_runners AS runner ON runner.id = job.claimed_by
 WHERE {_IS_MEANT}
@@ -413,7 +419,7 @@ def find_jobs(connection: Connection, meant: JobFilter, *, limit: int | None) ->
     """The jobs that are meant, the newest first."""
     with connection.cursor() as cursor:
         cursor.execute(_FIND, {**asdict(meant), "limit": limit})
-        return [StoredJob(*row) for row in cursor.fetchall()]
+        return [StoredJob(*(*row, Progress.read(progress), log)) for *row, progress, log in cursor.fetchall()]
 
 
 _COUNT = f"""

@@ -433,6 +433,7 @@ def job(
     hard_timeout: float | timedelta | None = None,
     on_failure: Handler | None = None,
     on_discard: Handler | None = None,
+    keep_log: bool | int = False,
 ) -> Callable[[Callable[P, R]], Job[P, R]]: ...
 
 
@@ -451,6 +452,7 @@ def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     `backoff` says when a failed job runs again, see greenjobs.retry; `retry_on` are the errors after which it does
     (default: all), `discard_on` those that end it quietly. After `timeout` seconds JobTimeout is raised in it, after
     `hard_timeout` JobHardTimeout. `on_failure` and `on_discard` are called with an AttemptEnded when it comes to that.
+    With `keep_log`, True or a number, the newest lines of `current_job.log` are kept with the job.
 
     Raises JobDefinitionError, when the module is imported.
 

@@ -34,8 +34,8 @@ _CARE_SECONDS = 1.0
 _AUDIT_SECONDS = 30.0
 _AUDIT_AGE_SECONDS = 10.0
 
-# Failed jobs that were kept long enough are looked for this often, by every runner; when there were as many as one
-# statement deletes, again a turn later.
+# What was kept long enough, failed jobs and counts, is looked for this often, by every runner; when there was as much
+# as one statement deletes, again a turn later.
 _PRUNE_SECONDS = 60.0
 _PRUNE_AT_ONCE = 1000
 
@@ -55,6 +55,7 @@ class Fellow(Protocol):
     job_types: Sequence[str]
     max_crashes: int
     keep_failed_seconds: float
+    keep_counts_seconds: float
 
     def cancel(self, job_id: int) -> None:
         """End this job, if it is here."""
@@ -64,6 +65,9 @@ class Fellow(Protocol):
 
     def claim_suspect(self, queue: str) -> None:
         """Take one job whose runner died from this queue, unless one is held here."""
+
+    def note_failed(self, queue: str, job_type: str) -> None:
+        """Count a job that failed because its runners died."""
 
 
 class Maintenance:
@@ -78,6 +82,7 @@ class Maintenance:
         self._audited_at = time.monotonic()
         self._prune_at = time.monotonic()
         self._prune_history_at = time.monotonic()
+        self._prune_counts_at = time.monotonic()
 
     def start(self) -> None:
         """Begin all loops."""
@@ -177,6 +182,8 @@ class Maintenance:
                 *(job.id, job.job_type, job.crashes, outcome),
                 extra={"job_id": job.id, "job_type": job.job_type, "queue": job.queue},
             )
+            if job.has_failed:
+                self._fellow.note_failed(job.queue, job.job_type)
         queues = sorted({job.queue for job in rescued if not job.has_failed})
         self._wake(queues)
         keys = {job.exclusive_key for job in rescued if job.exclusive_key is not None}
@@ -233,6 +240,15 @@ class Maintenance:
                 self._prune_history_at = time.monotonic() + _PRUNE_SECONDS
                 return
 
+    def prune_counts(self) -> None:
+        """Delete some of the counts of minutes longer ago than they are kept, if it is time to look for them."""
+        keep_seconds = self._fellow.keep_counts_seconds
+        if not keep_seconds or time.monotonic() < self._prune_counts_at:
+            return
+        pruned = self._service.call(storage.prune_counts, age_seconds=keep_seconds, limit=_PRUNE_AT_ONCE)
+        if pruned < _PRUNE_AT_ONCE:
+            self._prune_counts_at = time.monotonic() + _PRUNE_SECONDS
+
     def _note_memory(self) -> None:
         runner = self._fellow.runner_id
         if runner is not None:
@@ -243,6 +259,7 @@ class Maintenance:
             self._do_chores()
             self.prune()
             self.prune_history()
+            self.prune_counts()
             if time.monotonic() - self._audited_at > _AUDIT_SECONDS:
                 self._audited_at = time.monotonic()
                 self.audit()

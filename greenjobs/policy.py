@@ -23,6 +23,7 @@ from greenjobs.errors import (
     PayloadMismatch,
 )
 from greenjobs.events import Handler, Outcome
+from greenjobs.progress import kept_lines
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ _DEFAULT_BACKOFF = retry.exponential()
 class Policy:
     """How often, when and after which errors a job is tried again, how long it may run, and who wants to know.
 
-    `retry_on` of None means every error. Timeouts are in seconds. See `declared` for what each may be.
+    `retry_on` of None means every error. Timeouts are in seconds. `keep_log` is how many lines of its log are kept. See
+    `declared` for what each may be.
     """
 
     backoff: retry.Backoff = _DEFAULT_BACKOFF
@@ -50,6 +52,7 @@ class Policy:
     hard_timeout: float | None = None
     on_failure: Handler | None = None
     on_discard: Handler | None = None
+    keep_log: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ def declared(
     hard_timeout: float | timedelta | None = None,
     on_failure: Handler | None = None,
     on_discard: Handler | None = None,
+    keep_log: bool | int = False,
 ) -> Policy:
     """The policy that these arguments of @job mean. Raises JobDefinitionError, which names the job."""
     try:
@@ -88,6 +92,7 @@ def declared(
         hard_timeout=hard,
         on_failure=on_failure,
         on_discard=on_discard,
+        keep_log=kept_lines(job_name, keep_log),
     )
 
 

@@ -22,6 +22,7 @@ from gevent.lock import BoundedSemaphore
 
 from greenjobs import config, green, inspection, migrate, pool, storage
 from greenjobs.acknowledger import Acknowledger
+from greenjobs.counting import Counting
 from greenjobs.current import Place
 from greenjobs.errors import ConfigError, DatabaseUnavailable, JobInterrupted, JobsFailed, NotPatched
 from greenjobs.job import Job, check_queue_name
@@ -151,11 +152,13 @@ class RunnerHandle:
         self._suspect: int | None = None
         self.max_crashes = runner.settings.max_crashes
         self.keep_failed_seconds = runner.settings.keep_failed
+        self.keep_counts_seconds = runner.settings.keep_counts
         self.gave_up_jobs = False
         """Whether jobs had to be interrupted when the runner ended."""
         self._settings = runner.settings
         self._service = Service(runner.database_url, on_standby=self._leave_standby)
         self._acknowledger = Acknowledger(self._service, on_settled=self._settled, spawn=self._spawn)
+        self._counting = Counting(self._service, spawn=self._spawn)
         self._maintenance = Maintenance(self, self._service, spawn=self._spawn)
         self._turns = Turns(self, self._service)
         self._scheduler = Scheduler(jobs, runner.settings.schedules, self._service)
@@ -172,7 +175,13 @@ class RunnerHandle:
         enqueue_pool = pool.shared_pool(runner.settings, runner.database_url)
         self.workers: Mapping[str, Worker] = {
             queue: Worker(
-                Place(queue, runner.context, enqueue_pool, runner_ids=self._service.runner_ids),
+                Place(
+                    queue,
+                    runner.context,
+                    enqueue_pool,
+                    runner_ids=self._service.runner_ids,
+                    recorder=self._acknowledger.reporter,
+                ),
                 pool=int(options["pool"]),
                 poll_interval=options["poll_interval"],
                 read_ahead=runner.settings.read_ahead,
@@ -184,6 +193,8 @@ class RunnerHandle:
             )
             for queue, options in queues.items()
         }
+        for queue, worker in self.workers.items():
+            self._counting.watch(queue, worker.tallies)
 
     def shutdown(self, *, urgency: int | None = None) -> None:
         """Begin to stop: claim nothing more, give back what has not started, let finish what runs. Returns at once.
@@ -260,6 +271,10 @@ class RunnerHandle:
             if self._suspect is None or self._suspect not in self.held_ids():
                 self._suspect = self.workers[queue].claim_suspect()
 
+    def note_failed(self, queue: str, job_type: str) -> None:
+        """Count a job that failed because its runners died."""
+        self._counting.note_failed(queue, job_type)
+
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -277,6 +292,7 @@ class RunnerHandle:
         for worker in self.workers.values():
             worker.start()
         self._maintenance.start()
+        self._counting.start()
         gevent.spawn(self._run)
 
     def _begin_session(self) -> None:
@@ -348,7 +364,7 @@ class RunnerHandle:
             if not self._wait(jobs_end, _TIDY_SECONDS, until_urgency=3):
                 logger.warning("%s jobs did not end when they were interrupted", self.running_jobs())
             self.gave_up_jobs = True
-        outcomes_written = gevent.spawn(self._acknowledger.wait_empty)
+        outcomes_written = gevent.spawn(self._write_out)
         if not self._wait(outcomes_written, _ANSWER_SECONDS, until_urgency=3) and self._acknowledger.pending_ids():
             pending = len(self._acknowledger.pending_ids())
             logger.error("the database does not answer: the outcomes of %s jobs are lost, they will run again", pending)
@@ -359,6 +375,10 @@ class RunnerHandle:
         self._end_greenlets()
         self._leave()
 
+    def _write_out(self) -> None:
+        self._acknowledger.wait_empty()
+        self._counting.write()
+
     def _for_each_worker(self, wait: Callable[[Worker], None]) -> None:
         for worker in self.workers.values():
             wait(worker)
@@ -367,6 +387,7 @@ class RunnerHandle:
         for worker in self.workers.values():
             worker.end()
         self._maintenance.stop()
+        self._counting.stop()
         self._acknowledger.stop()
         self._turns.stop()
 
@@ -407,6 +428,7 @@ class RunnerHandle:
     def _close(self) -> None:
         self._scheduler.stop()
         self._maintenance.stop()
+        self._counting.stop()
         if self._listener is not None:
             self._listener.stop()
         self._acknowledger.stop()

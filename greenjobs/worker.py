@@ -18,6 +18,7 @@ from greenjobs.current import Attempt, Place
 from greenjobs.execution import Executor
 from greenjobs.job import Job
 from greenjobs.storage import ClaimCursor, ClaimedJob
+from greenjobs.tally import Tally
 
 if TYPE_CHECKING:
     from greenjobs.acknowledger import Acknowledger
@@ -153,6 +154,11 @@ class Worker:
     def finished(self) -> int:
         """How many jobs have run to their end here, well or not."""
         return self._executor.finished
+
+    @property
+    def tallies(self) -> Mapping[str, Tally]:
+        """What ended here and how, by job type, for the runner to take and write."""
+        return self._executor.tallies
 
     @property
     def is_idle(self) -> bool:

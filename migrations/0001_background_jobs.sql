@@ -49,6 +49,8 @@ ALTER TABLE background_jobs
     ADD COLUMN log JSONB,                            -- what it said of itself: an array, newest last
     ADD CONSTRAINT background_jobs_priority CHECK (priority > -32768),
     ADD CONSTRAINT background_jobs_state CHECK (state IN ('scheduled', 'available', 'running', 'failed')),
+    ADD CONSTRAINT background_jobs_progress CHECK (jsonb_typeof(progress) = 'object'),
+    ADD CONSTRAINT background_jobs_log CHECK (jsonb_typeof(log) = 'array'),
     ADD CONSTRAINT background_jobs_owner CHECK ((state = 'running') = (claimed_by IS NOT NULL));
 
 -- Only jobs that may start now are in the index that the claim reads: two hundred thousand jobs for tomorrow cost it

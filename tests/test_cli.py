@@ -55,7 +55,7 @@ def shared_url(server_url: str, migrated_template: str) -> Iterator[str]:
 def database(shared_url: str) -> Iterator[running.Database]:
     database = running.Database(shared_url)
     yield database
-    database.rows("TRUNCATE background_jobs, background_runners, background_waiting")
+    database.rows("TRUNCATE background_jobs, background_runners, background_waiting, background_counts")
     database.connection.close()
 
 

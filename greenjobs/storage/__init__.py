@@ -8,6 +8,7 @@ they name the runner and the attempt they speak for, and leave alone a row that 
 from greenjobs.storage.cancellation import cancel, remove_cancelled
 from greenjobs.storage.care import Rescued, promote, rescue, route
 from greenjobs.storage.claims import ClaimCursor, ClaimedJob, claim, claim_order
+from greenjobs.storage.counts import add_counts, prune_counts, read_counts, total_counts
 from greenjobs.storage.enqueuing import (
     PROMOTER_SECONDS,
     Enqueued,
@@ -22,6 +23,7 @@ from greenjobs.storage.fence import Fence
 from greenjobs.storage.history import Ended, end, forget, listen_for_end, prune_history, watch
 from greenjobs.storage.outcomes import KEPT_ERRORS, Failure, Snoozed, acknowledge, fail, give_back, snooze
 from greenjobs.storage.people import discard, prune, retry
+from greenjobs.storage.progress import last_progress, report
 from greenjobs.storage.runners import (
     end_runners,
     forget_runners,
@@ -61,6 +63,7 @@ __all__ = [
     "TakenTicks",
     "UniqueRule",
     "acknowledge",
+    "add_counts",
     "atomic",
     "cancel",
     "claim",
@@ -78,23 +81,28 @@ __all__ = [
     "forget_runners",
     "give_back",
     "keep_schedule",
+    "last_progress",
     "listen_for_end",
     "note_memory",
     "note_tick",
     "pause_schedule",
     "promote",
     "prune",
+    "prune_counts",
     "prune_history",
     "prune_windows",
+    "read_counts",
     "register_runner",
     "remove_cancelled",
     "renew_lease",
+    "report",
     "rescue",
     "retry",
     "route",
     "say_waiting",
     "snooze",
     "take_ticks",
+    "total_counts",
     "transaction_id",
     "unique_key",
     "wake",
