@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +19,7 @@ import gevent
 from greenjobs import config, inspection, migrate, pool
 from greenjobs.cli_jobs import jobs_group
 from greenjobs.cli_options import configure, plain_errors, setting_options
+from greenjobs.cli_queues import print_changed_queues, queues_group
 from greenjobs.cli_schedules import schedules_group
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
@@ -27,12 +29,14 @@ from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
 from greenjobs.supervisor import EXIT_MISTAKE
 from greenjobs.version import __version__
+from greenjobs.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 3
 
-_QUEUE_FORM = "NAME[:POOL][:poll=SECONDS], such as emails:20 or indexing:5:poll=30"
+_QUEUE_FORM = "NAME[:POOL][:poll=SECONDS][:weight=NUMBER], such as emails:20 or indexing:5:poll=30"
+_QUEUE_OPTIONS = {"poll": "poll_interval", "weight": "weight"}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,6 +46,7 @@ def main() -> None:
 
 
 main.add_command(jobs_group)
+main.add_command(queues_group)
 main.add_command(schedules_group)
 
 
@@ -52,6 +57,7 @@ main.add_command(schedules_group)
     "session_url",
     "session",
     "pool",
+    "share",
     "poll_interval",
     "read_ahead",
     "max_retries",
@@ -73,8 +79,9 @@ main.add_command(schedules_group)
 def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload: bool, **arguments: str | None) -> None:
     """Run jobs until a signal says to stop.
 
-    Without --queue it serves every queue that the jobs name. The application is found as Flask finds it, unless --app
-    names it. With --processes, --max-jobs, --max-memory or --reload, a supervisor keeps the processes at work.
+    Without --queue it serves every queue that the jobs name. Each has a pool of its own; with --share, those that are
+    listed have one together, in strict order or by their weights. The application is found as Flask finds it, unless
+    --app names it. With --processes, --max-jobs, --max-memory or --reload, a supervisor keeps the processes at work.
     """
     with plain_errors():
         settings = configure(arguments)
@@ -91,6 +98,11 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
             raise ConfigError(f"{settings.app or application!r} declares no jobs; name the module that does with --app")
         if migrate_first:
             _migrate(settings.session_url or url)
+        if settings.share is not None and arguments["pool"] is not None:
+            raise ConfigError(
+                f"--pool is {arguments['pool']!r}, but with a share ({settings.share}) queues have no pools of their "
+                f"own; the most that one may have of it goes with its name, as in --queue bulk:10"
+            )
         runner = Runner(url, context=application).register(*jobs.values())
         for queue, options in _parse_queues(queues).items():
             runner.configure_queue(queue, **options)
@@ -146,21 +158,24 @@ def status(as_json: bool, **arguments: str | None) -> None:
             queues = inspection.queue_statuses(connection)
             runners = inspection.live_runners(connection)
             unknown = inspection.unknown_job_types(connection)
+            changed = inspection.queue_settings(connection)
     if as_json:
         document = {
             "queues": [asdict(queue) for queue in queues],
             "runners": [asdict(runner) for runner in runners],
             "unknown_job_types": [asdict(job_type) for job_type in unknown],
+            "changed_queues": {name: setting._asdict() for name, setting in changed.items()},
         }
         click.echo(json.dumps(document, default=str, indent=2))
         return
-    _print_status(queues, runners, unknown)
+    _print_status(queues, runners, unknown, changed)
 
 
 def _print_status(
     queues: list[inspection.QueueStatus],
     runners: list[inspection.RunnerStatus],
     unknown: list[inspection.UnknownJobType],
+    changed: dict[str, inspection.QueueSetting],
 ) -> None:
     rows = [("queue", "available", "running", "scheduled", "failed", "oldest waiting")]
     for queue in queues:
@@ -180,6 +195,7 @@ def _print_status(
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         click.echo("  ".join(cells).rstrip())
     click.echo()
+    print_changed_queues(changed)
     if not runners:
         click.echo("no live runners")
     for runner in runners:
@@ -226,21 +242,29 @@ def _parse_queue(text: str) -> tuple[str, dict[str, Any]]:
     name, *parts = text.split(":")
     options: dict[str, Any] = {}
     for part in parts:
-        key = "poll_interval" if part.startswith("poll=") else "pool"
+        word, equals, value = part.partition("=")
+        key = _QUEUE_OPTIONS.get(word, "pool") if equals else "pool"
         if key in options or not part:
             raise ConfigError(f"--queue is {text!r}; the form is {_QUEUE_FORM}")
-        options[key] = part.removeprefix("poll=")
+        options[key] = part if key == "pool" else value
     return name, options
 
 
 def _banner(url: str, handle: RunnerHandle, jobs: dict[str, Job[Any, Any]]) -> None:
-    queues = ", ".join(f"{worker.queue} ({worker.pool} at a time)" for worker in handle.workers.values())
+    queues = ", ".join(_described(worker, handle.queues[queue]) for queue, worker in handle.workers.items())
+    if handle.share is not None:
+        queues += f"; together {handle.share.slots} at a time, {'by weight' if handle.share.by_weight else 'in order'}"
     logger.info("greenjobs %s, Python %s, %s", __version__, platform.python_version(), handle.name)
     logger.info("database: %s%s", config.redact(url), " (for development)" if is_embedded_url(url) else "")
     if handle.session == "lease":
         logger.info("session: by lease and polling, for a pooler is in between; session_url can name a direct way")
     logger.info("queues: %s", queues)
     logger.info("jobs: %s", ", ".join(sorted(jobs)))
+
+
+def _described(worker: Worker, options: Mapping[str, float]) -> str:
+    weight = f", weight {options['weight']:g}" if "weight" in options else ""
+    return f"{worker.queue} ({worker.pool} at a time{weight}{', paused' if worker.is_paused else ''})"
 
 
 def _handle_signals(handle: RunnerHandle) -> None:

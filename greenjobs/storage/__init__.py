@@ -12,6 +12,7 @@ from greenjobs.storage.enqueuing import PROMOTER_SECONDS, Enqueued, NewJobs, enq
 from greenjobs.storage.fence import Fence
 from greenjobs.storage.outcomes import KEPT_ERRORS, Failure, Snoozed, acknowledge, fail, give_back, snooze
 from greenjobs.storage.people import discard, prune, retry
+from greenjobs.storage.queues import pause_queues, resize_queues, restore_queue_sizes, resume_queues
 from greenjobs.storage.runners import (
     end_runners,
     forget_runners,
@@ -62,6 +63,7 @@ __all__ = [
     "keep_schedule",
     "note_memory",
     "note_tick",
+    "pause_queues",
     "pause_schedule",
     "promote",
     "prune",
@@ -69,6 +71,9 @@ __all__ = [
     "remove_cancelled",
     "renew_lease",
     "rescue",
+    "resize_queues",
+    "restore_queue_sizes",
+    "resume_queues",
     "retry",
     "route",
     "say_waiting",
