@@ -741,7 +741,8 @@ def queues(connection: Connection, names: Sequence[str] | None = None) -> list[Q
     """All queues by name, or those of these names. Counts every row: for people, not for loops."""
     with connection.cursor() as cursor:
         cursor.execute(_QUEUES_AT_RUN_TIME, {"names": None if names is None else list(names)})
-        return [Queue(*row[:-1], [QueueServer(*server) for server in row[-1]]) for row in cursor.fetchall()]
+        rows = [(*row[:-1], [QueueServer(*server) for server in row[-1]]) for row in cursor.fetchall()]
+        return [Queue(*row) for row in rows]
 
 
 _KNOWN_QUEUES = f"""
