@@ -199,7 +199,10 @@ def _print_status(
     if not runners:
         click.echo("no live runners")
     for runner in runners:
-        served = ", ".join(f"{name} ({options['pool']:g})" for name, options in runner.queues.items())
+        served = ", ".join(
+            f"{name} ({options['pool']:g}{' of %g' % options['share'] if 'share' in options else ''})"
+            for name, options in runner.queues.items()
+        )
         since = runner.started_at.isoformat(" ", "seconds")
         click.echo(f"runner {runner.id}: {runner.hostname}:{runner.pid}, since {since}, serves {served}")
     if unknown:

@@ -245,7 +245,7 @@ class RunnerHandle:
                 runner_name=self.name,
                 spawn=self._spawn,
                 share=self.share,
-                weight=options["weight"] / min(weights) if weights else None,
+                weight=options.get("weight"),
             )
             for queue, options in queues.items()
         }

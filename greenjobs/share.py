@@ -11,25 +11,30 @@ many as were asked for, so that there may be more. What a hungry queue is given 
 answered, which takes about a millisecond; when that comes back short, others get the rest.
 
 In strict order the first queue that wants slots gets all that are free. By weights, each slot goes to the queue that
-has the least for its weight: the slots that it has with this one, and what it had too much over time. Without the
-latter one slot, or fewer slots than queues, would always go to the heaviest.
+has the least for its weight, as seats go to parties (the method of Sainte-Laguë). Slots are whole, and parts are not:
+what a queue has too much or too little by less than a slot adds up over time, and counts. Without that, one slot would
+always be the heaviest queue's. More than that is no matter of rounding: jobs of a queue that was alone run on, and it
+owes nobody for it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from greenjobs.execution import Executor
 
-# So many seconds of one slot too much, at the smallest weight, count as much as one slot. It is long beside the
-# milliseconds in which slots are handed out, and short beside what people notice.
-_LAG_SECONDS = 0.1
+# So many slot-seconds too much count as one slot. It is long beside the milliseconds in which slots are handed out, and
+# short beside what people notice.
+_SLOT_SECONDS = 0.1
 
-# What a queue had too much is remembered up to so many seconds of one slot, at the smallest weight.
-_LONGEST_LAG_SECONDS = 60.0
+# No more than so many slot-seconds are remembered.
+_MOST_SLOT_SECONDS = 60.0
+
+# A queue that is off its part by a slot or more is not so by rounding.
+_ROUNDING = 0.999
 
 
 class Stake:
@@ -41,13 +46,13 @@ class Stake:
 
     __slots__ = (
         "_on_room",
+        "debt",
         "executor",
         "granted",
         "is_hungry",
         "limit",
         "may_read_ahead",
         "share",
-        "used",
         "wanted",
         "weight",
     )
@@ -64,8 +69,8 @@ class Stake:
         self.granted = 0
         self.wanted = 0
         """What it wanted when slots were handed out last."""
-        self.used = 0.0
-        """Slot-seconds for its weight, on a scale that only the share can read."""
+        self.debt = 0.0
+        """How many slot-seconds it had beyond its part, as far as rounding goes."""
         self._on_room = on_room
 
     def set_hungry(self, is_hungry: bool) -> None:
@@ -75,7 +80,9 @@ class Stake:
 
     def count_wanted(self) -> int:
         """How many slots it would use beside those in which its jobs run."""
-        most = max(self.limit - len(self.executor.running), 0)
+        # One that may have all slots, and has them, wants the next that gets free as well.
+        limit = self.limit if self.limit < self.share.slots else self.share.slots + 1
+        most = max(limit - len(self.executor.running), 0)
         return most if self.is_hungry else min(self.executor.ready, most)
 
     def take_up(self) -> None:
@@ -106,13 +113,12 @@ class Share:
 
     def distribute(self) -> None:
         """Say how many slots each queue may use now. Switches to no other greenlet."""
+        if self.by_weight:
+            self._charge()
         free = self.slots
-        used_until = self._counted_at
-        self._counted_at = time.monotonic()
         for stake in self._stakes:
-            if self.by_weight:
-                stake.used += stake.granted * (self._counted_at - used_until) / stake.weight
             stake.granted = len(stake.executor.running)
+            stake.wanted = stake.count_wanted()
             free -= stake.granted
         if self.by_weight:
             self._hand_out_by_weight(free)
@@ -126,12 +132,11 @@ class Share:
         if len(stake.executor.running) >= stake.limit:
             return False
         rivals = [each for each in self._stakes if each is stake or each.count_wanted()]
-        return (min(rivals, key=self._need(rivals)) if self.by_weight else rivals[0]) is stake
+        return (min(rivals, key=_need) if self.by_weight else rivals[0]) is stake
 
     def _hand_out_in_order(self, free: int) -> None:
         somebody_before_waits = False
         for stake in self._stakes:
-            stake.wanted = stake.count_wanted()
             given = min(stake.wanted, free)
             stake.granted += given
             free -= given
@@ -141,39 +146,43 @@ class Share:
                 somebody_before_waits = True
 
     def _hand_out_by_weight(self, free: int) -> None:
-        wanting = self._find_wanting()
-        need = self._need(wanting)
-        left = {stake: stake.wanted for stake in wanting}
+        left = {}
+        for stake in self._stakes:
+            if stake.wanted:
+                left[stake] = stake.wanted
+            else:  # it has saved nothing up for when it does
+                stake.debt = 0.0
         while free > 0 and left:
-            stake = min(left, key=need) if len(left) > 1 else next(iter(left))
-            given = 1 if len(left) > 1 else min(left[stake], free)
+            if len(left) > 1:
+                stake, given = min(left, key=_need), 1
+            else:
+                stake = next(iter(left))
+                given = min(left[stake], free)
             stake.granted += given
             free -= given
             left[stake] -= given
             if not left[stake]:
                 del left[stake]
 
-    def _find_wanting(self) -> list[Stake]:
-        """The stakes that want slots. One that wanted none until now has saved nothing up, and owes nothing."""
-        new: list[Stake] = []
-        old: list[Stake] = []
-        for stake in self._stakes:
-            wanted_before = stake.wanted
-            stake.wanted = stake.count_wanted()
-            if stake.wanted:
-                (old if wanted_before else new).append(stake)
-        if old:
-            least = min(stake.used for stake in old)
-            for stake in new:
-                stake.used = max(stake.used, least)
-        return [stake for stake in self._stakes if stake.wanted]
+    def _charge(self) -> None:
+        """Write down what each queue that wanted slots had beyond its part since they were handed out."""
+        now = time.monotonic()
+        seconds, self._counted_at = now - self._counted_at, now
+        rivals = [stake for stake in self._stakes if stake.wanted]
+        if not rivals:
+            return
+        whole = sum(stake.granted for stake in rivals) / sum(stake.weight for stake in rivals)
+        for stake in rivals:
+            excess = stake.granted - whole * stake.weight
+            if abs(excess) < _ROUNDING:
+                stake.debt += excess * seconds
+        # What one had too much others had too little; also after some of them have left.
+        total = sum(stake.debt for stake in rivals) / sum(stake.weight for stake in rivals)
+        for stake in rivals:
+            debt = stake.debt - total * stake.weight
+            stake.debt = max(min(debt, _MOST_SLOT_SECONDS), -_MOST_SLOT_SECONDS)
 
-    def _need(self, wanting: Sequence[Stake]) -> Callable[[Stake], float]:
-        """The smaller, the more a stake is in need of a slot; of equal ones the first is."""
-        least = min((stake.used for stake in wanting), default=0.0)
 
-        def need(stake: Stake) -> float:
-            lag = min(stake.used - least, _LONGEST_LAG_SECONDS)
-            return (stake.granted + 1) / stake.weight + lag / _LAG_SECONDS
-
-        return need
+def _need(stake: Stake) -> float:
+    """The smaller, the more a queue is in need of one more slot; of equal ones the first is."""
+    return (stake.granted + 0.5 + stake.debt / _SLOT_SECONDS) / stake.weight
