@@ -199,10 +199,7 @@ def _print_status(
     if not runners:
         click.echo("no live runners")
     for runner in runners:
-        served = ", ".join(
-            f"{name} ({options['pool']:g}{' of %g' % options['share'] if 'share' in options else ''})"
-            for name, options in runner.queues.items()
-        )
+        served = ", ".join(f"{name} ({_slots(options)})" for name, options in runner.queues.items())
         since = runner.started_at.isoformat(" ", "seconds")
         click.echo(f"runner {runner.id}: {runner.hostname}:{runner.pid}, since {since}, serves {served}")
     if unknown:
@@ -210,6 +207,11 @@ def _print_status(
         click.echo("waiting, and no live runner knows the job type:")
     for job_type in unknown:
         click.echo(f"  {job_type.job_type}: {job_type.count}")
+
+
+def _slots(options: Mapping[str, float]) -> str:
+    """`20`, or `20 of 50` in a share."""
+    return f"{options['pool']:g} of {options['share']:g}" if "share" in options else f"{options['pool']:g}"
 
 
 def _load_application(name: str | None) -> Any:

@@ -53,6 +53,7 @@ def test_without_any_source_every_option_has_its_default() -> None:
         "session": "auto",
         "app": None,
         "pool": 50,
+        "share": None,
         "poll_interval": 1.0,
         "read_ahead": 4_000,
         "max_retries": 10,

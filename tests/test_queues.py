@@ -538,8 +538,8 @@ class TestCommand:
             queues.resize("emails", 10)
             for arguments in (("queues",), ("queues", "list")):
                 header, art, emails = command(*arguments).stdout.splitlines()
-                assert header.split() == "queue waiting running scheduled failed pool runners".split()
-                assert art.split() == "art 0 0 0 0 7 none".split()
+                assert " ".join(header.split()) == "queue waiting running scheduled failed pool runners"
+                assert " ".join(art.split()) == "art 0 0 0 0 7 none"
                 assert re.fullmatch(
                     rf"emails +3 +0 +0 +0  10 \(2\)  {handle.runner_id} +paused since 20\S+ \S+", emails
                 )

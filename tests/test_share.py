@@ -683,7 +683,7 @@ def test_pool_that_is_larger_than_the_share_is_refused(runner: Runner) -> None:
 
 @pytest.mark.parametrize("weight", [0, -1, 0.001, 1001, "many", True, float("nan"), float("inf")], ids=repr)
 def test_wrong_weight_is_refused(runner: Runner, weight: Any) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"'a': weight is {weight!r}; the value must be a number from 0.01")):
+    with pytest.raises(ConfigError, match=re.escape(f"'a': weight is {weight!r}; the value must be a number")):
         runner.configure_queue("a", weight=weight)
 
 
