@@ -43,4 +43,8 @@ def __getattr__(name: str) -> Any:
         import greenjobs.schedules
 
         return greenjobs.schedules
+    if name == "queues":  # so does this
+        import greenjobs.queues
+
+        return greenjobs.queues
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +20,7 @@ from greenjobs import config, counts, inspection, migrate, pool
 from greenjobs.cli_counts import counts_command, print_rates
 from greenjobs.cli_jobs import jobs_group
 from greenjobs.cli_options import configure, plain_errors, setting_options
+from greenjobs.cli_queues import print_changed_queues, queues_group
 from greenjobs.cli_schedules import schedules_group
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
@@ -28,12 +30,14 @@ from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
 from greenjobs.supervisor import EXIT_MISTAKE
 from greenjobs.version import __version__
+from greenjobs.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 3
 
-_QUEUE_FORM = "NAME[:POOL][:poll=SECONDS], such as emails:20 or indexing:5:poll=30"
+_QUEUE_FORM = "NAME[:POOL][:poll=SECONDS][:weight=NUMBER], such as emails:20 or indexing:5:poll=30"
+_QUEUE_OPTIONS = {"poll": "poll_interval", "weight": "weight"}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,6 +48,7 @@ def main() -> None:
 
 main.add_command(counts_command)
 main.add_command(jobs_group)
+main.add_command(queues_group)
 main.add_command(schedules_group)
 
 
@@ -54,6 +59,7 @@ main.add_command(schedules_group)
     "session_url",
     "session",
     "pool",
+    "share",
     "poll_interval",
     "read_ahead",
     "max_retries",
@@ -75,8 +81,9 @@ main.add_command(schedules_group)
 def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload: bool, **arguments: str | None) -> None:
     """Run jobs until a signal says to stop.
 
-    Without --queue it serves every queue that the jobs name. The application is found as Flask finds it, unless --app
-    names it. With --processes, --max-jobs, --max-memory or --reload, a supervisor keeps the processes at work.
+    Without --queue it serves every queue that the jobs name. Each has a pool of its own; with --share, those that are
+    listed have one together, in strict order or by their weights. The application is found as Flask finds it, unless
+    --app names it. With --processes, --max-jobs, --max-memory or --reload, a supervisor keeps the processes at work.
     """
     with plain_errors():
         settings = configure(arguments)
@@ -93,6 +100,11 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
             raise ConfigError(f"{settings.app or application!r} declares no jobs; name the module that does with --app")
         if migrate_first:
             _migrate(settings.session_url or url)
+        if settings.share is not None and arguments["pool"] is not None:
+            raise ConfigError(
+                f"--pool is {arguments['pool']!r}, but with a share ({settings.share}) queues have no pools of their "
+                f"own; the most that one may have of it goes with its name, as in --queue bulk:10"
+            )
         runner = Runner(url, context=application).register(*jobs.values())
         for queue, options in _parse_queues(queues).items():
             runner.configure_queue(queue, **options)
@@ -148,6 +160,7 @@ def status(as_json: bool, **arguments: str | None) -> None:
             queues = inspection.queue_statuses(connection)
             runners = inspection.live_runners(connection)
             unknown = inspection.unknown_job_types(connection)
+            changed = inspection.queue_settings(connection)
         rates = counts.rates()
     if as_json:
         document = {
@@ -155,10 +168,11 @@ def status(as_json: bool, **arguments: str | None) -> None:
             "rates": [rate.as_dict() for rate in rates],
             "runners": [asdict(runner) for runner in runners],
             "unknown_job_types": [asdict(job_type) for job_type in unknown],
+            "changed_queues": {name: setting._asdict() for name, setting in changed.items()},
         }
         click.echo(json.dumps(document, default=str, indent=2))
         return
-    _print_status(queues, rates, runners, unknown)
+    _print_status(queues, rates, runners, unknown, changed)
 
 
 def _print_status(
@@ -166,6 +180,7 @@ def _print_status(
     rates: list[counts.Total],
     runners: list[inspection.RunnerStatus],
     unknown: list[inspection.UnknownJobType],
+    changed: dict[str, inspection.QueueSetting],
 ) -> None:
     rows = [("queue", "available", "running", "scheduled", "failed", "oldest waiting")]
     for queue in queues:
@@ -186,10 +201,11 @@ def _print_status(
         click.echo("  ".join(cells).rstrip())
     click.echo()
     print_rates(rates)
+    print_changed_queues(changed)
     if not runners:
         click.echo("no live runners")
     for runner in runners:
-        served = ", ".join(f"{name} ({options['pool']:g})" for name, options in runner.queues.items())
+        served = ", ".join(f"{name} ({_slots(options)})" for name, options in runner.queues.items())
         since = runner.started_at.isoformat(" ", "seconds")
         click.echo(f"runner {runner.id}: {runner.hostname}:{runner.pid}, since {since}, serves {served}")
     if unknown:
@@ -197,6 +213,11 @@ def _print_status(
         click.echo("waiting, and no live runner knows the job type:")
     for job_type in unknown:
         click.echo(f"  {job_type.job_type}: {job_type.count}")
+
+
+def _slots(options: Mapping[str, float]) -> str:
+    """`20`, or `20 of 50` in a share."""
+    return f"{options['pool']:g} of {options['share']:g}" if "share" in options else f"{options['pool']:g}"
 
 
 def _load_application(name: str | None) -> Any:
@@ -232,21 +253,29 @@ def _parse_queue(text: str) -> tuple[str, dict[str, Any]]:
     name, *parts = text.split(":")
     options: dict[str, Any] = {}
     for part in parts:
-        key = "poll_interval" if part.startswith("poll=") else "pool"
+        word, equals, value = part.partition("=")
+        key = _QUEUE_OPTIONS.get(word, "pool") if equals else "pool"
         if key in options or not part:
             raise ConfigError(f"--queue is {text!r}; the form is {_QUEUE_FORM}")
-        options[key] = part.removeprefix("poll=")
+        options[key] = part if key == "pool" else value
     return name, options
 
 
 def _banner(url: str, handle: RunnerHandle, jobs: dict[str, Job[Any, Any]]) -> None:
-    queues = ", ".join(f"{worker.queue} ({worker.pool} at a time)" for worker in handle.workers.values())
+    queues = ", ".join(_described(worker, handle.queues[queue]) for queue, worker in handle.workers.items())
+    if handle.share is not None:
+        queues += f"; together {handle.share.slots} at a time, {'by weight' if handle.share.by_weight else 'in order'}"
     logger.info("greenjobs %s, Python %s, %s", __version__, platform.python_version(), handle.name)
     logger.info("database: %s%s", config.redact(url), " (for development)" if is_embedded_url(url) else "")
     if handle.session == "lease":
         logger.info("session: by lease and polling, for a pooler is in between; session_url can name a direct way")
     logger.info("queues: %s", queues)
     logger.info("jobs: %s", ", ".join(sorted(jobs)))
+
+
+def _described(worker: Worker, options: Mapping[str, float]) -> str:
+    weight = f", weight {options['weight']:g}" if "weight" in options else ""
+    return f"{worker.queue} ({worker.pool} at a time{weight}{', paused' if worker.is_paused else ''})"
 
 
 def _handle_signals(handle: RunnerHandle) -> None:

@@ -90,6 +90,16 @@ def queue_name(value: object) -> str:
     return name
 
 
+_WEIGHT = _number(float, "a number", 0.01, 1_000)
+
+WEIGHT_ALLOWED = _WEIGHT.allowed
+
+
+def queue_weight(value: object) -> float:
+    """Return the weight of a queue in a share; raise ValueError when it is not one."""
+    return _WEIGHT.parse(value)
+
+
 def _lines(value: object) -> tuple[str, ...]:
     """The lines of a text, or the texts of a list, that are not empty."""
     lines = value.splitlines() if isinstance(value, str) else value
@@ -226,6 +236,12 @@ class Settings:
     )
     pool: int = _option(
         50, _number(int, "a whole number", 1, 10_000), "How many jobs of a queue one process runs at a time."
+    )
+    share: int | None = _option(
+        None,
+        _number(int, "a whole number of jobs", 1, 10_000),
+        "How many jobs one process runs at a time of all its queues together, which are then listed in their order "
+        "or with weights.",
     )
     poll_interval: float = _option(
         1.0,

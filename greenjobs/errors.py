@@ -159,3 +159,7 @@ class CompletionError(GreenjobsError, RuntimeError):
 
 class UnknownSchedule(GreenjobsError):
     """A name that no schedule in the database has."""
+
+
+class UnknownQueue(GreenjobsError):
+    """A name of a queue that nobody serves, that has no jobs, and of which nothing was said: a typo, most likely."""

@@ -51,7 +51,7 @@ _OBEDIENCE_SECONDS = 5.0
 
 
 class Executor:
-    """Runs the jobs of one queue, `pool` at a time.
+    """Runs the jobs of one queue, `pool` at a time, which may change.
 
     `on_room` is called when there may be room for more. `finished` counts jobs and `busy_seconds` adds up how long they
     ran; both only grow. `tallies` count by job type, for whoever takes from them.
@@ -102,6 +102,11 @@ class Executor:
             self._ready = deque(sorted(chain(self._ready, rows), key=claim_order))
         else:
             self._ready.extend(rows)
+        self._send_carrier()
+
+    def resize(self, pool: int) -> None:
+        """Run so many at a time from now on: more at once, or fewer when some of those that run have ended."""
+        self.pool = pool
         self._send_carrier()
 
     def take_back(self) -> list[Fence]:
@@ -197,7 +202,7 @@ class Executor:
         fresh = _traces(carrier)
         slice_ends = time.perf_counter() + _SLICE_SECONDS
         try:
-            while self._ready:
+            while self._ready and self._carriers <= self.pool:
                 if not self._next_carrier_is_coming:
                     self._send_carrier()
                 Context().run(self._execute, self._ready.popleft(), carrier)

@@ -149,7 +149,7 @@ class Chores(NamedTuple):
     `dead` are the ids of runners that live no more, unless they are noted as ended and hold nothing; `cancelled` those
     of jobs held by the asking process whose end was asked for; `has_homeless` says whether jobs have no queue,
     `has_unwanted` whether jobs wait that were cancelled while they ran, and `has_past_windows` whether unique keys have
-    windows that have been over for a while.
+    windows that have been over for a while. `queues` is what was said of queues by name.
     """
 
     dead: list[int]
@@ -157,6 +157,35 @@ class Chores(NamedTuple):
     has_homeless: bool
     has_unwanted: bool
     has_past_windows: bool
+    queues: Mapping[str, QueueSetting]
+
+
+class QueueSetting(NamedTuple):
+    """What was said of a queue at run time. A `pool` of None is what each runner was started with."""
+
+    paused: bool
+    pool: int | None
+
+
+UNCHANGED = QueueSetting(False, None)
+"""What holds for a queue of which nothing was said."""
+
+_QUEUE_SETTINGS = """
+SELECT jsonb_object_agg(name, jsonb_build_array(paused, pool))
+FROM background_queues
+"""
+
+
+def queue_settings(connection: Connection) -> dict[str, QueueSetting]:
+    """What was said of queues, by name."""
+    with connection.cursor() as cursor:
+        cursor.execute(_QUEUE_SETTINGS)
+        row = cursor.fetchone()
+        return _as_settings(None if row is None else row[0])
+
+
+def _as_settings(found: Mapping[str, Sequence[Any]] | None) -> dict[str, QueueSetting]:
+    return {name: QueueSetting._make(setting) for name, setting in (found or {}).items()}
 
 
 _CHORES = Statement(
@@ -196,7 +225,8 @@ SELECT
         SELECT
         FROM background_unique_windows
         WHERE ends_at < now() - interval '1 minute'
-    )
+    ),
+    ({_QUEUE_SETTINGS})
 """,
     runners="int[]",
 )
@@ -208,7 +238,8 @@ def chores(connection: Connection, runners: Sequence[int]) -> Chores:
         _CHORES.run(cursor, {"runners": list(runners)})
         row = cursor.fetchone()
         assert row is not None
-        return Chores._make(row)
+        *others, settings = row
+        return Chores._make([*others, _as_settings(settings)])
 
 
 _FAILED_COUNT = """
@@ -670,3 +701,110 @@ def now(connection: Connection) -> datetime:
         (instant,) = cursor.fetchone() or (None,)
         assert isinstance(instant, datetime)
         return instant
+
+
+# --- queues, for people -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class QueueServer:
+    """A live runner that serves a queue, and how many jobs of it at a time, as it was started.
+
+    `share` is the number of slots that the queue shares with others there, None where its pool is its own.
+    """
+
+    runner: int
+    hostname: str
+    pid: int
+    pool: int
+    share: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A queue as it was when somebody looked: one that has rows, is served by a live runner, or was paused or resized.
+
+    `waiting` counts jobs that could run now, `scheduled` those for later, retries included. `pool` is the one that was
+    set at run time, None where every server has its own. `changed_at` is when somebody last paused or resized it.
+    """
+
+    name: str
+    waiting: int
+    running: int
+    scheduled: int
+    failed: int
+    paused: bool
+    pool: int | None
+    changed_at: datetime | None
+    servers: Sequence[QueueServer]
+
+
+_QUEUES_AT_RUN_TIME = f"""
+WITH counted AS (
+    SELECT
+        queue AS name,
+        count(*) FILTER (WHERE state = 'available') AS waiting,
+        count(*) FILTER (WHERE state = 'running') AS running,
+        count(*) FILTER (WHERE state = 'scheduled') AS scheduled,
+        count(*) FILTER (WHERE state = 'failed') AS failed
+    FROM background_jobs
+    WHERE queue IS NOT NULL
+        AND (%(names)s::text[] IS NULL OR queue = ANY(%(names)s::text[]))
+    GROUP BY queue
+), served AS (
+    SELECT
+        queue.key AS name,
+        jsonb_agg(
+            jsonb_build_array(id, hostname, pid, queue.value -> 'pool', queue.value -> 'share') ORDER BY id
+        ) AS servers
+    FROM background_runners
+    CROSS JOIN jsonb_each(queues) AS queue
+    WHERE {_LIVES}
+        AND ended_at IS NULL
+        AND (%(names)s::text[] IS NULL OR queue.key = ANY(%(names)s::text[]))
+    GROUP BY queue.key
+), said AS (
+    SELECT name, paused, pool, changed_at
+    FROM background_queues
+    WHERE %(names)s::text[] IS NULL
+        OR name = ANY(%(names)s::text[])
+)
+SELECT
+    name,
+    coalesce(waiting, 0),
+    coalesce(running, 0),
+    coalesce(scheduled, 0),
+    coalesce(failed, 0),
+    coalesce(paused, false),
+    pool,
+    changed_at,
+    coalesce(servers, '[]')
+FROM counted
+FULL JOIN served USING (name)
+FULL JOIN said USING (name)
+ORDER BY name
+"""
+
+
+def queues(connection: Connection, names: Sequence[str] | None = None) -> list[Queue]:
+    """All queues by name, or those of these names. Counts every row: for people, not for loops."""
+    with connection.cursor() as cursor:
+        cursor.execute(_QUEUES_AT_RUN_TIME, {"names": None if names is None else list(names)})
+        rows = [(*row[:-1], [QueueServer(*server) for server in row[-1]]) for row in cursor.fetchall()]
+        return [Queue(*row) for row in rows]
+
+
+_KNOWN_QUEUES = f"""
+SELECT asked.name
+FROM unnest(%(names)s::text[]) AS asked (name)
+WHERE EXISTS (SELECT FROM background_jobs WHERE queue = asked.name)
+    OR EXISTS (SELECT FROM background_queues WHERE background_queues.name = asked.name)
+    OR EXISTS (SELECT FROM background_runners WHERE queues ? asked.name AND ended_at IS NULL AND {_LIVES})
+"""
+
+
+def known_queues(connection: Connection, names: Sequence[str]) -> set[str]:
+    """Those of the names that `queues` would find."""
+    with connection.cursor() as cursor:
+        cursor.execute(_KNOWN_QUEUES, {"names": list(names)})
+        return {row[0] for row in cursor.fetchall()}

@@ -58,6 +58,9 @@ class SessionOwner(Protocol):
     def cancel(self, job_id: int) -> None:
         """Somebody wants this job to end, wherever it runs."""
 
+    def queues_changed(self) -> None:
+        """Somebody paused, resumed or resized a queue."""
+
 
 class Listener:
     """Keeps a session open from `start` until `stop`."""
@@ -139,6 +142,9 @@ class Listener:
     def _dispatch(self, payload: str) -> None:
         if payload == "due":
             self._owner.notified(None)
+            return
+        if payload == "queues":
+            self._owner.queues_changed()
             return
         runner, _, queue = payload.partition(":")
         if runner == "cancel" and queue.isdecimal():

@@ -19,6 +19,7 @@ from gevent.event import Event
 from greenjobs import inspection, storage
 
 if TYPE_CHECKING:
+    from greenjobs.inspection import QueueSetting
     from greenjobs.service import Service, Spawn
     from greenjobs.worker import Worker
 
@@ -69,15 +70,21 @@ class Fellow(Protocol):
     def note_failed(self, queue: str, job_type: str) -> None:
         """Count a job that failed because its runners died."""
 
+    def adjust_queues(self, settings: Mapping[str, QueueSetting]) -> None:
+        """Pause, resume and resize the queues as is said of them."""
+
 
 class Maintenance:
-    """Three loops beside the workers of a runner."""
+    """Four loops beside the workers of a runner."""
 
     def __init__(self, fellow: Fellow, service: Service, *, spawn: Spawn) -> None:
         self._spawn = spawn
         self._fellow = fellow
         self._service = service
         self._due_sooner = Event()
+        self._queues_changed = Event()
+        self._looks_at_queues = 0
+        self._look_that_counts = 0
         self._greenlets: list[gevent.Greenlet[..., None]] = []
         self._audited_at = time.monotonic()
         self._prune_at = time.monotonic()
@@ -90,6 +97,7 @@ class Maintenance:
             self._spawn(self._promote_for_ever),
             self._spawn(self._look_for_ever),
             self._spawn(self._care_for_ever),
+            self._spawn(self._follow_queues_for_ever),
         ]
 
     def stop(self) -> None:
@@ -99,6 +107,10 @@ class Maintenance:
     def expect_due(self) -> None:
         """A job is due soon: look when. Returns at once."""
         self._due_sooner.set()
+
+    def expect_changed_queues(self) -> None:
+        """Something was said of a queue: read it. Returns at once."""
+        self._queues_changed.set()
 
     # --- due jobs -----------------------------------------------------------------------------------------------------
 
@@ -157,6 +169,29 @@ class Maintenance:
                 self._service.call(storage.say_waiting, runner, queues)
                 self.look(queues)
 
+    # --- what is said of queues at run time ---------------------------------------------------------------------------
+
+    def read_queues(self) -> None:
+        """Read what is said of queues, and act on it."""
+        look = self._begin_look_at_queues()
+        self._adjust_queues(look, self._service.call(inspection.queue_settings))
+
+    def _follow_queues_for_ever(self) -> None:
+        while True:
+            self._queues_changed.wait()
+            self._queues_changed.clear()
+            self.read_queues()
+
+    def _begin_look_at_queues(self) -> int:
+        self._looks_at_queues += 1
+        return self._looks_at_queues
+
+    def _adjust_queues(self, look: int, settings: Mapping[str, QueueSetting]) -> None:
+        # The answer to an earlier look may come after that to a later one, and is out of date then.
+        if look > self._look_that_counts:
+            self._look_that_counts = look
+            self._fellow.adjust_queues(settings)
+
     # --- the dead, the homeless, the lost -----------------------------------------------------------------------------
 
     def route(self) -> None:
@@ -194,7 +229,9 @@ class Maintenance:
             self.look(own)
 
     def _do_chores(self) -> None:
+        look = self._begin_look_at_queues()
         chores = self._service.call(inspection.chores, self._service.runner_ids)
+        self._adjust_queues(look, chores.queues)
         if chores.has_homeless:
             self.route()
         self._rescue_from(chores.dead)

@@ -31,12 +31,15 @@ from greenjobs.listener import Listener
 from greenjobs.maintenance import Maintenance
 from greenjobs.scheduler import Scheduler
 from greenjobs.service import Service
+from greenjobs.share import Share
 from greenjobs.turns import Turns
 from greenjobs.version import __version__
 from greenjobs.worker import Worker
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
+
+    from greenjobs.inspection import QueueSetting
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,8 @@ class Runner:
         self.database_url: str = given.get("database_url") or self.settings.require_database_url()
         self.context = context
         self._jobs: dict[str, Job[Any, Any]] = {}
-        self._queues: dict[str, dict[str, float]] = {}
+        self._queues: dict[str, dict[str, Any]] = {}
+        self._slots = self.settings.share
         self._stops_when_empty = False
 
     def register(self, *jobs: Job[Any, Any]) -> Runner:
@@ -80,17 +84,34 @@ class Runner:
                     raise ConfigError(f"two jobs are named {name!r}: {known!r} and {job!r}")
         return self
 
-    def configure_queue(self, queue: str, *, pool: int | None = None, poll_interval: float | None = None) -> Runner:
+    def configure_queue(
+        self,
+        queue: str,
+        *,
+        pool: int | None = None,
+        poll_interval: float | None = None,
+        weight: float | None = None,
+    ) -> Runner:
         """Serve this queue, `pool` jobs at a time; look every `poll_interval` seconds for work that nobody announced.
 
-        Once a queue is configured, only configured ones are served.
+        Once a queue is configured, only configured ones are served. In a share, `pool` is the most slots that the queue
+        may have, and `weight` its part of them, see `share`.
         """
         queue = check_queue_name(queue, "queue", ConfigError)
         given = config.check({"pool": pool, "poll_interval": poll_interval})
-        self._queues[queue] = {
-            "pool": given.get("pool", self.settings.pool),
-            "poll_interval": given.get("poll_interval", self.settings.poll_interval),
-        }
+        if weight is not None:
+            given["weight"] = _checked_weight(weight, queue)
+        self._queues[queue] = given
+        return self
+
+    def share(self, slots: int) -> Runner:
+        """Run `slots` jobs of all configured queues together at a time, in place of a pool for each.
+
+        Where no queue has a weight, they come in the order in which they were configured: a job starts only while none
+        of a queue before its own waits. Where all have one, each queue gets slots in proportion to it while all have
+        jobs waiting, and what one does not need is for the others.
+        """
+        self._slots = config.check({"share": slots}).get("share")
         return self
 
     def shutdown_when_queue_empty(self) -> Runner:
@@ -117,12 +138,15 @@ class Runner:
             )
         if not self._jobs:
             raise ConfigError("this runner has no jobs: register some, or name the module that declares them (--app)")
-        queues = dict(self._queues)
-        if not queues:
-            for queue in sorted({job.queue for job in self._jobs.values()}):
-                self.configure_queue(queue)
-            queues, self._queues = self._queues, {}
-        return RunnerHandle(self, queues, self._jobs, stops_when_empty=self._stops_when_empty)
+        queues = self._queues or {queue: {} for queue in sorted({job.queue for job in self._jobs.values()})}
+        _check_share(self._slots, queues, are_configured=bool(self._queues))
+        defaults = {
+            "pool": self.settings.pool if self._slots is None else self._slots,
+            "poll_interval": self.settings.poll_interval,
+            **({} if self._slots is None else {"share": self._slots}),
+        }
+        complete = {queue: {**defaults, **given} for queue, given in queues.items()}
+        return RunnerHandle(self, complete, self._jobs, stops_when_empty=self._stops_when_empty)
 
     def check_for_failed_jobs(self) -> None:
         """Raise JobsFailed when jobs have failed at least once and are still there."""
@@ -130,6 +154,43 @@ class Runner:
             count = inspection.failed_count(connection)
         if count:
             raise JobsFailed(f"{count} jobs failed", count=count)
+
+
+def _checked_weight(weight: object, queue: str) -> float:
+    try:
+        return config.queue_weight(weight)
+    except ValueError:
+        message = f"the queue {queue!r}: weight is {weight!r}; the value must be {config.WEIGHT_ALLOWED}."
+    raise ConfigError(message)
+
+
+def _check_share(slots: int | None, queues: Mapping[str, Mapping[str, Any]], *, are_configured: bool) -> None:
+    """Raise ConfigError where a share, and what was said of the queues in it, do not go together."""
+    weighted = [queue for queue, given in queues.items() if "weight" in given]
+    if slots is None:
+        if weighted:
+            raise ConfigError(
+                f"the queue {weighted[0]!r} has a weight, which says what it gets of the slots that queues share, and "
+                f"there is no share; say how many jobs of all of them run at a time, such as --share 50"
+            )
+        return
+    if not are_configured:
+        raise ConfigError(
+            f"share is {slots}, but the queues that share are not listed; name them in their order, as in "
+            f"--queue critical --queue bulk, or with weights, as in --queue critical:weight=3 --queue bulk:weight=1"
+        )
+    if weighted and len(weighted) < len(queues):
+        without = next(queue for queue in queues if queue not in weighted)
+        raise ConfigError(
+            f"the queue {weighted[0]!r} has a weight, and {without!r} has none; queues that share have all a weight, "
+            f"or none and come in their order"
+        )
+    for queue, given in queues.items():
+        if given.get("pool", 0) > slots:
+            raise ConfigError(
+                f"the queue {queue!r}: pool is {given['pool']}, but the queues share only {slots}; in a share, a pool "
+                f"is the most that the queue may have of it"
+            )
 
 
 class RunnerHandle:
@@ -173,6 +234,10 @@ class RunnerHandle:
         self._suspects = BoundedSemaphore()
         self._error: BaseException | None = None
         enqueue_pool = pool.shared_pool(runner.settings, runner.database_url)
+        self._said_of_queues: Mapping[str, QueueSetting] = {}
+        weights = [options["weight"] for options in queues.values() if "weight" in options]
+        slots = next((options["share"] for options in queues.values() if "share" in options), None)
+        self.share = None if slots is None else Share(int(slots), by_weight=bool(weights))
         self.workers: Mapping[str, Worker] = {
             queue: Worker(
                 Place(
@@ -190,6 +255,8 @@ class RunnerHandle:
                 acknowledger=self._acknowledger,
                 runner_name=self.name,
                 spawn=self._spawn,
+                share=self.share,
+                weight=options.get("weight"),
             )
             for queue, options in queues.items()
         }
@@ -255,6 +322,21 @@ class RunnerHandle:
         elif queue in self.workers:
             self.workers[queue].wake()
 
+    def queues_changed(self) -> None:
+        """Somebody paused, resumed or resized a queue: read which."""
+        self._maintenance.expect_changed_queues()
+
+    def adjust_queues(self, settings: Mapping[str, QueueSetting]) -> None:
+        """Pause, resume and resize the queues as is said of them."""
+        for queue, worker in self.workers.items():
+            setting = settings.get(queue, inspection.UNCHANGED)
+            if setting == self._said_of_queues.get(queue, inspection.UNCHANGED):
+                continue
+            worker.adjust(paused=setting.paused, pool=setting.pool)
+            now = "is paused" if setting.paused else "is not paused"
+            logger.info("queue %s %s; %s of its jobs may run at a time", queue, now, worker.pool)
+        self._said_of_queues = settings
+
     def cancel(self, job_id: int) -> None:
         """End this job, if it is here."""
         for worker in self.workers.values():
@@ -283,6 +365,7 @@ class RunnerHandle:
             with self._service.pool.connection() as connection:
                 migrate.require_current(connection)
             self._begin_session()
+            self._maintenance.read_queues()
             self._maintenance.rescue()
             self._maintenance.route()
             self._scheduler.start()
@@ -346,7 +429,11 @@ class RunnerHandle:
             self._maintenance.promote_due()
             self._maintenance.route()
             self._maintenance.rescue()
-            if not self._maintenance.look(list(self.workers)) and self._is_quiet():
+            served = [queue for queue, worker in self.workers.items() if not worker.is_paused]
+            if not self._maintenance.look(served) and self._is_quiet():
+                paused = [queue for queue in self.workers if queue not in served]
+                if paused:
+                    logger.warning("not waiting for what is in paused queues: %s", ", ".join(paused))
                 return
 
     def _is_quiet(self) -> bool:

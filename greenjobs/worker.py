@@ -23,6 +23,7 @@ from greenjobs.tally import Tally
 if TYPE_CHECKING:
     from greenjobs.acknowledger import Acknowledger
     from greenjobs.service import Service, Spawn
+    from greenjobs.share import Share
 
 # After saying that it waits, a worker looks again at once and once more after this: an enqueue that began before it
 # said so, and committed after it had looked, wakes nobody. Such a window is one commit long.
@@ -47,7 +48,10 @@ _TOP_SHARE = 10
 
 
 class Worker:
-    """One queue in one runner. It claims under the id that `claim_as` gave it, and nothing without one."""
+    """One queue in one runner. It claims under the id that `claim_as` gave it, and nothing without one.
+
+    In a `share`, which it joins with its `weight`, the share says how many of its jobs run at a time: `pool` at most.
+    """
 
     def __init__(
         self,
@@ -61,10 +65,13 @@ class Worker:
         acknowledger: Acknowledger,
         runner_name: str,
         spawn: Spawn,
+        share: Share | None = None,
+        weight: float | None = None,
     ) -> None:
         self._spawn = spawn
         self.queue = place.queue
-        self.pool = pool
+        self.pool = self.configured_pool = pool
+        self.is_paused = False
         self.poll_interval = poll_interval
         self._most_ahead = read_ahead
         self._job_types = sorted(jobs)
@@ -72,7 +79,7 @@ class Worker:
         self._acknowledger = acknowledger
         self._runner: int | None = None
         self._executor = Executor(
-            pool=pool,
+            pool=pool if share is None else 0,
             jobs=jobs,
             place=place,
             runner_name=runner_name,
@@ -94,6 +101,9 @@ class Worker:
         self._room_made = Event()
         self._emptied = Event()
         self._holds_ready = Event()
+        self._stake = None
+        if share is not None:
+            self._stake = share.join(self._executor, limit=pool, weight=weight, on_room=self._room_made.set)
         self._claiming: gevent.Greenlet[..., None] | None = None
         self._watching: gevent.Greenlet[..., None] | None = None
 
@@ -101,6 +111,8 @@ class Worker:
 
     def start(self) -> None:
         """Begin to claim, as soon as there is a runner id to claim under."""
+        if self._stake is not None:
+            self._stake.share.distribute()
         self._claiming = self._spawn(self._claim_until_stopped)
         self._watching = self._spawn(self._give_back_stale)
 
@@ -117,6 +129,22 @@ class Worker:
         self._top_due_at = 0.0
         self._exclusive_due_at = 0.0
         self._woken.set()
+        if self._stake is not None:  # so that the wake-up is passed on where there is no room for it
+            self._room_made.set()
+
+    def adjust(self, *, paused: bool, pool: int | None) -> None:
+        """Start nothing while it is paused, and run so many jobs at a time; None: as configured. Returns at once."""
+        was_paused, self.is_paused = self.is_paused, paused
+        self.pool = self.configured_pool if pool is None else pool
+        if self._stake is None:
+            self._executor.resize(self.pool)
+        else:
+            self._stake.limit = 0 if paused else self.pool
+        if paused:
+            self._give_back(self._executor.take_back())
+        elif was_paused:
+            self.wake()
+        self._note_room()
 
     def show_exclusive(self) -> None:
         """There is work that excludes other work, which is new to a worker that knows no such jobs. Returns at once."""
@@ -167,8 +195,11 @@ class Worker:
 
     @property
     def has_room(self) -> bool:
-        """Whether it could run more jobs than it has."""
-        return self._executor.held < self.pool
+        """Whether it could run more jobs than it has, or, in a share, would if it knew of any."""
+        executor, stake = self._executor, self._stake
+        if self.is_paused or executor.held >= self.pool:
+            return False
+        return stake is None or not stake.is_hungry or executor.held < executor.pool
 
     def held_rows(self) -> list[ClaimedJob]:
         """The jobs that were claimed here and are not finished."""
@@ -185,7 +216,7 @@ class Worker:
 
     def claim_suspect(self) -> int | None:
         """Take one job whose runner died, if one waits here and there is room for it; returns its id."""
-        if self._is_stopping or self._runner is None or not self.has_room:
+        if self._is_stopping or self._runner is None or not self._has_room_for_suspect():
             return None
         claimed = self._claim(self._runner, 1, suspects=True)
         return claimed[0].id if claimed else None
@@ -193,11 +224,18 @@ class Worker:
     def claim_next(self, keys: Sequence[str]) -> set[str]:
         """Take the job that is next in line here for each of these exclusive keys, where there is room; returns the
         keys of those that were taken."""
-        room = 0 if self._is_stopping else self._room()
+        room = 0 if self._is_stopping or self.is_paused else self._room()
         if self._runner is None or room <= 0:
             self._exclusive_due_at = 0.0
             return set()
         return {str(row.exclusive_key) for row in self._claim_exclusive(self._runner, room, keys=keys)}
+
+    def _has_room_for_suspect(self) -> bool:
+        if self.is_paused or self._executor.held >= self.pool:
+            return False
+        # In a share it may wait here for the next free slot: on a busy day there is none just when it is looked for.
+        stake = self._stake
+        return stake is None or (not self._executor.ready and stake.share.is_next(stake))
 
     # --- claim --------------------------------------------------------------------------------------------------------
 
@@ -207,12 +245,24 @@ class Worker:
             runner = self._runner
             if room <= 0 or runner is None:
                 self._room_made.clear()
+                if self._stake is not None and self._woken.is_set():
+                    self._pass_wake_up_on()
                 self._room_made.wait()
                 continue
             # Arm the wake-up before claiming: a row committed between the two would otherwise wait for the next poll.
             self._woken.clear()
             if len(self._claim_available(runner, room)) < room:
+                if self._stake is not None:
+                    self._stake.set_hungry(False)
                 self._wait_for_work(runner)
+                if self._stake is not None:
+                    self._stake.set_hungry(True)
+
+    def _pass_wake_up_on(self) -> None:
+        """It was woken, but others have all slots of the share: another runner that waits may have room."""
+        self._woken.clear()
+        if not (self.is_paused or self._is_stopping):
+            self._service.call(storage.wake, [self.queue])
 
     def _wait_for_work(self, runner: int) -> None:
         if self._woken.is_set():
@@ -224,14 +274,23 @@ class Worker:
             self._woken.wait()
 
     def _look_again(self) -> bool:
-        runner, room = self._runner, self.pool - self._executor.held
+        runner, room = self._runner, self._executor.pool - self._executor.held
+        if self._stake is not None and self._executor.held < self._stake.limit:
+            # Others may have all slots by now; one job too many tells that there is something to wait for.
+            room = max(room, 1)
+        if self.is_paused:
+            return False
         return runner is not None and room > 0 and bool(self._claim_available(runner, room))
 
     def _room(self) -> int:
         """How many jobs to claim: the free slots of the pool, and what to have ready beyond them."""
-        executor = self._executor
+        executor, stake = self._executor, self._stake
+        if self.is_paused:
+            return 0
         ahead = min(self._pace.measure(executor), self._most_ahead)
-        room = self.pool + ahead - executor.held
+        if stake is not None and not stake.may_read_ahead:
+            ahead = 0
+        room = executor.pool + ahead - executor.held
         # With enough ready for half of that time no slot stays empty, and fewer, larger claims are cheaper.
         return 0 if ahead and executor.ready > ahead // 2 else room
 
@@ -294,9 +353,11 @@ class Worker:
             rows = self._service.call(claim, runner=runner, queue=self.queue, job_types=self._job_types, **which)
             if may_exclude:
                 self.exclusive_keys.update((row.id, row.exclusive_key) for row in rows if row.exclusive_key is not None)
-            if self._runner == runner and not self._is_stopping:
+            if self._runner == runner and not (self._is_stopping or self.is_paused):
                 self._executor.add(rows)
-            else:  # it is to stop, or the session was lost meanwhile, and with it the right to start them
+                if self._stake is not None:
+                    self._stake.share.distribute()
+            else:  # it is to stop or paused, or the session was lost meanwhile, and with it the right to start them
                 self._give_back([storage.Fence(row.id, row.attempt) for row in rows])
         finally:
             self._claims_under_way -= 1
@@ -308,6 +369,8 @@ class Worker:
         executor = self._executor
         if not executor.held:
             self._emptied.set()
+        if self._stake is not None:
+            self._stake.share.distribute()
         self._room_made.set()
 
     # --- give back ----------------------------------------------------------------------------------------------------
@@ -327,7 +390,7 @@ class Worker:
             gevent.sleep(_STALE_SECONDS)
             if not executor.ready:
                 continue
-            if executor.finished == finished and len(executor.running) >= self.pool:
+            if executor.finished == finished and len(executor.running) >= executor.pool:
                 self._pace.reset()
                 self._give_back(executor.take_back())
             else:

@@ -21,7 +21,7 @@ import running
 from waiting import eventually
 
 import greenjobs
-from greenjobs import Discard, Runner, job, jobs, storage
+from greenjobs import Discard, Runner, current_job, job, jobs, storage
 from greenjobs.errors import (
     JobDefinitionError,
     JobFailed,
@@ -497,3 +497,21 @@ def test_result_of_a_job_that_keeps_none_says_what_to_declare(database: running.
     assert outcomes == ["gone", "done"]
     with pytest.raises(NoResult, match="was discarded, and so has no result"):
         handles[2].result(0)
+
+
+def test_finished_job_keeps_what_it_said_last_of_itself(database: running.Database) -> None:
+    @job(keep="1 day", keep_log=True)
+    def work(way: str) -> None:
+        current_job.progress(1, 10, "begun")
+        current_job.progress(10, 10, way)
+        current_job.log.info("all of it: %s", way)
+        if way == "discarded":
+            raise Discard("no use")
+
+    handles = [work.delay(way) for way in ("done", "discarded")]
+    running.work_off(work)
+    for handle, way in zip(handles, ("done", "discarded"), strict=True):
+        found = jobs.get(handle.id)
+        assert found is not None and found.progress is not None
+        assert (found.state, found.progress.done, found.progress.message) == (way, 10, way)
+        assert [line["message"] for line in found.log] == [f"all of it: {way}"]

@@ -24,6 +24,7 @@ from greenjobs.storage.history import Ended, end, forget, listen_for_end, prune_
 from greenjobs.storage.outcomes import KEPT_ERRORS, Failure, Snoozed, acknowledge, fail, give_back, snooze
 from greenjobs.storage.people import discard, prune, retry
 from greenjobs.storage.progress import last_progress, report
+from greenjobs.storage.queues import pause_queues, resize_queues, restore_queue_sizes, resume_queues
 from greenjobs.storage.runners import (
     end_runners,
     forget_runners,
@@ -85,6 +86,7 @@ __all__ = [
     "listen_for_end",
     "note_memory",
     "note_tick",
+    "pause_queues",
     "pause_schedule",
     "promote",
     "prune",
@@ -97,6 +99,9 @@ __all__ = [
     "renew_lease",
     "report",
     "rescue",
+    "resize_queues",
+    "restore_queue_sizes",
+    "resume_queues",
     "retry",
     "route",
     "say_waiting",
