@@ -122,7 +122,7 @@ def test_an_instant_is_kept_as_it_is(database: Database) -> None:
     assert database.value("SELECT expires_at FROM background_jobs") == instant
     found = jobs.get(handle.id)
     assert found is not None and found.expires_at == instant
-    shown = CliRunner().invoke(main, ["jobs", "show", str(handle.id)]).output
+    shown = CliRunner().invoke(main, ["jobs", "show", str(handle.id), "--database-url", database.url]).output
     assert re.search(r"^  expires at    20\d\d-", shown, re.MULTILINE)
 
 

@@ -12,9 +12,11 @@ import uuid
 from collections.abc import Iterator
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import gevent
+import processes
 import psycopg2
 import pytest
 import running
@@ -229,6 +231,44 @@ def test_job_and_history_change_in_one_statement(database: running.Database) -> 
         storage.end(connection, [11], [Ended(Fence(row.id, row.attempt), "lost", 60.0)])
     assert database.state(row.id) == "running"
     connection.close()
+
+
+DYING = """
+    import os, signal
+    from greenjobs import job, storage
+
+    @job(keep="1 day", keep_result=True)
+    def work():
+        with open("runs", "a") as runs:
+            runs.write("run\\n")
+        return 7
+
+    if os.environ.get("DIES"):
+        end = storage.end
+
+        def deadly(*args):
+            if os.environ["DIES"] == "after":
+                end(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        storage.end = deadly
+"""
+
+
+@pytest.mark.parametrize(("dies", "runs"), [("before", 2), ("after", 1)])
+def test_runner_that_dies_around_the_statement_leaves_the_job_in_one_of_both_tables(
+    database: running.Database, tmp_path: Path, dies: str, runs: int
+) -> None:
+    processes.write_application(tmp_path, DYING)
+    handle = jobs.handle(1)
+    with processes.runner(tmp_path, database.url, environment={"DIES": dies}) as runner:
+        database.rows("INSERT INTO background_jobs (job_type, data) VALUES ('work', '{}')")
+        assert runner.wait() == -9
+    assert (database.count(), len(history(database))) == ((1, 0) if dies == "before" else (0, 1))
+    processes.run("greenjobs", "run", "--until-empty", folder=tmp_path, database_url=database.url)
+    assert (tmp_path / "runs").read_text() == "run\n" * runs
+    assert handle.result(0) == 7
+    assert (database.count(), len(history(database))) == (0, 1)
 
 
 def test_newer_job_of_an_id_that_was_used_before_counts(database: running.Database) -> None:

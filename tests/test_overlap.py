@@ -709,6 +709,9 @@ def test_job_that_waits_for_another_says_so(database: Database, connection: Plan
     hold(database, connection)
     found = {id: jobs.get(id) for id in (first.id, second.id, later.id)}
     assert [each.waits_for for each in found.values() if each] == [None, first.id, None]
-    shown = [CliRunner().invoke(main, ["jobs", "show", str(id)]).output for id in (first.id, second.id)]
+    shown = [
+        CliRunner().invoke(main, ["jobs", "show", str(id), "--database-url", database.url]).output
+        for id in (first.id, second.id)
+    ]
     assert "waits for" not in shown[0]
     assert f"  waits for     job {first.id}, with the same overlap key\n" in shown[1]

@@ -247,6 +247,7 @@ def test_jobs_of_the_first_usage_snippet_are_run_or_wait_for_their_time(reader: 
     printed = reader.type("greenjobs run --until-empty")
     assert {line for line in printed.splitlines() if line.endswith("!")} == {
         "Welcome, Ann!",
+        "Your bill, Ann!",
         "Now or never, Ann!",
         "Not twice in an hour, Ann!",
         "Hello, Ann!",

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 
 from greenjobs import inspection, pool, storage
 from greenjobs.statement import PlanningConnection
-from greenjobs.storage import Enqueued, Failure, Fence, NewJobs, Snoozed
+from greenjobs.storage import Ended, Enqueued, Failure, Fence, NewJobs, Snoozed
 
 QUEUES = ("mail", "index")
 HOMES = {"send": "mail", "scan": "index"}
@@ -95,8 +95,9 @@ class Storage(RuleBasedStateMachine):
         self.connections = [connect(url) for _ in range(3)]
         self.open_transaction = connect(url)
         with self.open_transaction.cursor() as cursor:
-            cursor.execute("TRUNCATE background_jobs, background_runners, background_waiting")
+            cursor.execute("TRUNCATE background_jobs, background_runners, background_waiting, background_history")
         self.rows: dict[int, Row] = {}
+        self.history: dict[int, tuple[str, int]] = {}
         self.processes: list[Process] = []
         self.registered: set[int] = set()
         self.blamed: set[int] = set()
@@ -282,6 +283,22 @@ class Storage(RuleBasedStateMachine):
             row.retries += 1
 
     @precondition(lambda self: self.processes)
+    @rule(
+        data=st.data(), which=st.integers(0, 2), outcome=st.sampled_from(("done", "discarded")), is_kept=st.booleans()
+    )
+    def finish_for_good(self, data: st.DataObject, which: int, outcome: str, is_kept: bool) -> None:
+        process, fences = self._some_fences(data)
+        if not fences:
+            return
+        ended = [Ended(fence, outcome, keep_seconds=HOUR if is_kept else 0.0) for fence in fences]
+        held = storage.end(self.connections[which], process.ids, ended)
+        assert held == {row.id for row in self._held(process, fences)}
+        for id in held:
+            row = self.rows.pop(id)
+            if is_kept:
+                self.history[id] = (outcome, row.attempt)
+
+    @precondition(lambda self: self.processes)
     @rule(data=st.data(), which=st.integers(0, 2), put_off=st.sampled_from((None, None, 0.0, HOUR)))
     def put_back(self, data: st.DataObject, which: int, put_off: float | None) -> None:
         process, fences = self._some_fences(data)
@@ -409,6 +426,11 @@ class Storage(RuleBasedStateMachine):
             if row.state != "scheduled":  # only there does it matter, and is known
                 row.is_due = self.rows[row.id].is_due if row.id in self.rows else True
         assert found == self.rows
+
+    @invariant()
+    def history_is_as_the_model_has_it(self) -> None:
+        read = self._read("SELECT id, outcome, attempt FROM background_history")
+        assert {id: (outcome, attempt) for id, outcome, attempt in read} == self.history
 
     @invariant()
     def a_key_has_one_unstarted_job_at_most(self) -> None:
