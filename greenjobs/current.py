@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,6 +17,8 @@ from greenjobs import config
 from greenjobs.errors import NoCurrentJob
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from greenjobs.policy import Policy
     from greenjobs.pool import ConnectionPool
     from greenjobs.storage import ClaimedJob
@@ -37,11 +40,14 @@ class JobRow:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on."""
+    """Where jobs run: the queue, what the runner was given as context, the connections for jobs to enqueue on, and what
+    is entered around each attempt.
+    """
 
     queue: str
     context: Any
     pool: ConnectionPool
+    surroundings: tuple[Callable[[], AbstractContextManager[Any]], ...] = ()
 
 
 class Declaration(Protocol):
@@ -187,6 +193,11 @@ def database_rooms() -> tuple[Any, Any]:
     from greenjobs import pool, storage
 
     return pool, storage
+
+
+ambient: Callable[[str, str], Any] | None = None
+"""Set by greenjobs.contrib: given the database URL and the name of a job, what a call that names no connection is to be
+enqueued on, as for `.options(connection=…)`; None for a connection of ours."""
 
 
 def lender(settings: config.Settings) -> ConnectionPool:

@@ -27,6 +27,7 @@ from greenjobs.errors import JobCancelled, JobControl, JobHardTimeout, JobTimeou
 from greenjobs.job import Job
 from greenjobs.policy import Verdict, judge
 from greenjobs.storage import ClaimedJob, Failure, Fence, Snoozed, claim_order
+from greenjobs.surroundings import call_within
 
 if TYPE_CHECKING:
     from greenjobs.acknowledger import Acknowledger
@@ -66,6 +67,7 @@ class Executor:
         self.busy_seconds = 0.0
         self._jobs = jobs
         self._place = place
+        self._surroundings = place.surroundings
         self._runner_name = runner_name
         self._done = acknowledger.done.add
         self._failed = acknowledger.failed.add
@@ -211,7 +213,10 @@ class Executor:
         timers = self._start_timers(attempt, *timeouts) if timeouts is not None else ()
         try:
             args, kwargs = job.codec.decode(row.data)
-            job.function(*args, **kwargs)
+            if self._surroundings:
+                call_within(self._surroundings, job.function, args, kwargs)
+            else:
+                job.function(*args, **kwargs)
             if isinstance(attempt.interrupted_by, (JobCancelled, JobHardTimeout)):
                 raise attempt.interrupted_by
         except BaseException as error:  # a job may raise anything; SystemExit and GreenletExit are failures, too

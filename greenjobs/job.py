@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
-from greenjobs import config, policy
+from greenjobs import config, current, policy
 from greenjobs.cron import Timetable
 from greenjobs.current import database_rooms, lender
 from greenjobs.errors import (
@@ -59,6 +59,7 @@ class _Options:
     run_at: datetime | None = None
     overrides: tuple[tuple[str, float], ...] = ()
     connection: Any = None
+    independent: bool = False
 
 
 class Job(Generic[P, R]):
@@ -139,15 +140,21 @@ class Job(Generic[P, R]):
         timeout: float | timedelta | None = None,
         hard_timeout: float | timedelta | None = None,
         connection: Any = None,
+        independent: bool = False,
     ) -> Call[P]:
         """Options for one call: `job.options(priority=10, delay=60).delay(…)`.
 
         `delay` is in seconds; `run_at` is an aware datetime; `max_retries` and the timeouts are as for @job. With
-        `connection`, a psycopg2 connection or cursor, the job is inserted in its transaction: there when that commits,
-        gone when it rolls back. Raises OptionError.
+        `connection`, a psycopg2 connection or cursor, or a SQLAlchemy Connection or Session, the job is inserted in its
+        transaction: there when that commits, gone when it rolls back. With `independent`, it joins no transaction, nor
+        the session of a Flask application. Raises OptionError.
         """
         if delay is not None and run_at is not None:
             raise OptionError(f"{self.name}: give delay or run_at, not both")
+        if not isinstance(independent, bool):
+            raise OptionError(f"{self.name}: independent is {independent!r}; allowed: True or False")
+        if independent and connection is not None:
+            raise OptionError(f"{self.name}: give connection or independent, not both")
         if queue is not None:
             queue = check_queue_name(queue, f"{self.name}: queue", OptionError)
         if priority is not None:
@@ -167,6 +174,7 @@ class Job(Generic[P, R]):
                 delay_seconds=0.0 if delay is None else _seconds(delay, self.name),
                 run_at=None if run_at is None else _aware(run_at, self.name),
                 connection=connection,
+                independent=independent,
             ),
         )
 
@@ -245,8 +253,11 @@ class Call(Generic[P]):
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
         pool, storage = database_rooms()
         try:
-            if self._options.connection is not None:
-                connection = pool.raw_connection(self._options.connection)
+            given = self._options.connection
+            if given is None and current.ambient is not None and not self._options.independent:
+                given = current.ambient(lender(settings).database_url, self._job.name)
+            if given is not None:
+                connection = pool.raw_connection(given)
                 # In autocommit every statement commits by itself, so all or nothing takes a single one.
                 batches = self._batches(storage, data, len(data) if connection.autocommit else BATCH_SIZE)
                 enqueued = storage.enqueue_inside(connection, batches)

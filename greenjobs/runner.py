@@ -20,7 +20,7 @@ import psycopg2
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
-from greenjobs import config, green, inspection, migrate, pool, storage
+from greenjobs import config, green, inspection, migrate, pool, storage, surroundings
 from greenjobs.acknowledger import Acknowledger
 from greenjobs.current import Place
 from greenjobs.errors import ConfigError, DatabaseUnavailable, JobInterrupted, JobsFailed, NotPatched
@@ -30,6 +30,7 @@ from greenjobs.listener import Listener
 from greenjobs.maintenance import Maintenance
 from greenjobs.scheduler import Scheduler
 from greenjobs.service import Service
+from greenjobs.surroundings import Surrounding
 from greenjobs.version import __version__
 from greenjobs.worker import Worker
 
@@ -63,6 +64,7 @@ class Runner:
         self._jobs: dict[str, Job[Any, Any]] = {}
         self._queues: dict[str, dict[str, float]] = {}
         self._stops_when_empty = False
+        self._surroundings: list[Surrounding] = []
 
     def register(self, *jobs: Job[Any, Any]) -> Runner:
         """Let it run these jobs, rows under their aliases included.
@@ -89,6 +91,11 @@ class Runner:
             "pool": given.get("pool", self.settings.pool),
             "poll_interval": given.get("poll_interval", self.settings.poll_interval),
         }
+        return self
+
+    def surround(self, make: Surrounding) -> Runner:
+        """Enter `make()`, a context manager, around every attempt of every job; see greenjobs.surroundings."""
+        self._surroundings.append(surroundings.checked(make))
         return self
 
     def shutdown_when_queue_empty(self) -> Runner:
@@ -120,7 +127,8 @@ class Runner:
             for queue in sorted({job.queue for job in self._jobs.values()}):
                 self.configure_queue(queue)
             queues, self._queues = self._queues, {}
-        return RunnerHandle(self, queues, self._jobs, stops_when_empty=self._stops_when_empty)
+        around = (*surroundings.everywhere, *self._surroundings)
+        return RunnerHandle(self, queues, self._jobs, stops_when_empty=self._stops_when_empty, surroundings=around)
 
     def check_for_failed_jobs(self) -> None:
         """Raise JobsFailed when jobs have failed at least once and are still there."""
@@ -140,6 +148,7 @@ class RunnerHandle:
         jobs: dict[str, Job[Any, Any]],
         *,
         stops_when_empty: bool,
+        surroundings: tuple[Surrounding, ...] = (),
     ) -> None:
         self._stops_when_empty = stops_when_empty
         self.queues = queues
@@ -170,7 +179,7 @@ class RunnerHandle:
         enqueue_pool = pool.shared_pool(runner.settings, runner.database_url)
         self.workers: Mapping[str, Worker] = {
             queue: Worker(
-                Place(queue, runner.context, enqueue_pool),
+                Place(queue, runner.context, enqueue_pool, surroundings=surroundings),
                 pool=int(options["pool"]),
                 poll_interval=options["poll_interval"],
                 read_ahead=runner.settings.read_ahead,
