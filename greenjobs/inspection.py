@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from psycopg2.extensions import cursor as TupleCursor  # whatever kind a caller's connection makes by itself
+
 from greenjobs.statement import Statement
 
 if TYPE_CHECKING:
@@ -621,3 +623,16 @@ def now(connection: Connection) -> datetime:
         (instant,) = cursor.fetchone() or (None,)
         assert isinstance(instant, datetime)
         return instant
+
+
+_HAS_WRITTEN = """
+SELECT pg_current_xact_id_if_assigned() IS NOT NULL
+"""
+
+
+def has_written(connection: Connection) -> bool:
+    """Whether the open transaction of this connection has changed anything so far."""
+    with connection.cursor(cursor_factory=TupleCursor) as cursor:
+        cursor.execute(_HAS_WRITTEN)
+        (has_written,) = cursor.fetchone() or (False,)
+        return bool(has_written)

@@ -23,6 +23,7 @@ from greenjobs.current import lender
 from greenjobs.errors import ConfigError, OptionError, PayloadError, SchemaError, UnknownJob, UnknownSchedule
 from greenjobs.inspection import Schedule
 from greenjobs.job import Job, find_job
+from greenjobs.pool import raw_connection
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -81,8 +82,10 @@ def add(
     priority: int | None = None,
     catch_up: str = "last",
     overlap: bool = True,
+    connection: Any = None,
 ) -> None:
-    """Enqueue `job(*args, **kwargs)` by the clock from now on, committed when this returns.
+    """Enqueue `job(*args, **kwargs)` by the clock from now on, committed when this returns; with `connection`, as for
+    `.options`, from when the caller commits.
 
     `name` is one's own; a schedule of that name that was made here before is replaced. `timezone`, `catch_up` and
     `overlap` are those of greenjobs.cron.Timetable; a queue or a priority that is not given is that of the job.
@@ -101,8 +104,9 @@ def add(
     job.options(queue=queue, priority=priority)  # which refuses what cannot be
     data = job.codec.encode(tuple(args), dict(kwargs or {}), max_bytes=config.current().max_payload_bytes)
     new = Declaration(name, job, timetable, data, "api", queue, priority)
-    with _connection() as connection:
-        if not storage.keep_schedule(connection, new.begun(inspection.now(connection))):
+    with _connection() as own:
+        begun = new.begun(inspection.now(own))
+        if not storage.keep_schedule(own if connection is None else raw_connection(connection), begun):
             raise OptionError(f"the schedule {name!r} is declared in code or settings; choose another name")
 
 

@@ -72,5 +72,6 @@ def _leave(entered: list[AbstractContextManager[Any]], error: BaseException | No
         except BaseException as failure:
             if failure is not error:
                 logger.exception(
-                    "job %s (%s): what surrounds it failed at its end: %r", current_job.id, current_job.name, surrounding
+                    "job %s (%s): what surrounds it failed at its end, which changes nothing for the job: %r",
+                    *(current_job.id, current_job.name, surrounding),
                 )
