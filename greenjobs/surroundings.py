@@ -48,12 +48,12 @@ def call_within(
     kwargs: Mapping[str, Any],
 ) -> None:
     """Call the function inside all of them; raises what it raises."""
-    entered: list[AbstractContextManager[Any]] = []
+    entered: list[tuple[Surrounding, AbstractContextManager[Any]]] = []
     try:
         for make in surroundings:
             surrounding = make()
             surrounding.__enter__()
-            entered.append(surrounding)
+            entered.append((make, surrounding))
         function(*args, **kwargs)
     except BaseException as error:
         _leave(entered, error)
@@ -62,10 +62,10 @@ def call_within(
         _leave(entered, None)
 
 
-def _leave(entered: list[AbstractContextManager[Any]], error: BaseException | None) -> None:
+def _leave(entered: list[tuple[Surrounding, AbstractContextManager[Any]]], error: BaseException | None) -> None:
     exit_arguments = (None, None, None) if error is None else (type(error), error, error.__traceback__)
     while entered:
-        surrounding = entered.pop()
+        make, surrounding = entered.pop()
         try:
             surrounding.__exit__(*exit_arguments)
         # Also what interrupts the job just then: its outcome is decided, and the others have to end, too.
@@ -73,5 +73,5 @@ def _leave(entered: list[AbstractContextManager[Any]], error: BaseException | No
             if failure is not error:
                 logger.exception(
                     "job %s (%s): what surrounds it failed at its end, which changes nothing for the job: %r",
-                    *(current_job.id, current_job.name, surrounding),
+                    *(current_job.id, current_job.name, make),
                 )

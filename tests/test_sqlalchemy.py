@@ -1,4 +1,4 @@
-"""Jobs in the transactions of SQLAlchemy: there when they commit, gone when they roll back, with what they are about."""
+"""Jobs in transactions of SQLAlchemy: there when they commit, gone when they roll back, with what they are about."""
 
 from __future__ import annotations
 
