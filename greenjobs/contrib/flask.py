@@ -22,6 +22,7 @@ from flask import Flask, appcontext_tearing_down, current_app, has_app_context
 from flask.cli import NoAppException, find_best_app
 
 from greenjobs import config, current
+from greenjobs.contrib import addresses
 from greenjobs.contrib.flask_commands import group
 from greenjobs.contrib.joining import Sessions, session_extension
 from greenjobs.errors import ConfigError
@@ -119,6 +120,15 @@ class Equipment:
                 )
 
 
+def sqlalchemy_url(database_url: str | None = None) -> str:
+    """A database of greenjobs, that of the settings if none is given, as SQLAlchemy names it, over psycopg2.
+
+    For `SQLALCHEMY_DATABASE_URI`, where greenjobs knows the database and the application does not, as with `embedded:`,
+    the server of which is started. Raises ConfigError and EmbeddedServerError.
+    """
+    return addresses.for_sqlalchemy(database_url or config.current().require_database_url())
+
+
 def equipment_of(found: Any, name: str) -> Equipment | None:
     """What the Flask application has of greenjobs that was found under this name: as an object, by its factory, or in
     a module by Flask's rules. None when it does without. Raises ConfigError when there is none to be found.
@@ -176,7 +186,7 @@ def _scope_of_session() -> Iterator[tuple[dict[Any, Any], Any]]:
 def _most_connections(pool: Any) -> int | None:
     """How many connections a QueuePool of SQLAlchemy lends at a time; None for no limit, and for other pools."""
     size, overflow = getattr(pool, "size", None), getattr(pool, "_max_overflow", -1)
-    return None if size is None or overflow < 0 else size() + overflow
+    return None if size is None or not size() or overflow < 0 else size() + overflow
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
