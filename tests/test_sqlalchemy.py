@@ -19,6 +19,8 @@ from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from greenjobs import job, schedules
+from greenjobs.contrib import addresses
+from greenjobs.contrib.sqlalchemy import sqlalchemy_url
 from greenjobs.errors import OptionError, PayloadError, SchemaError
 from greenjobs.job import BATCH_SIZE
 from greenjobs.runner import Runner
@@ -392,6 +394,18 @@ def test_schedule_belongs_to_the_transaction(database: running.Database, engine:
         schedules.add(confirm, name="weekly", cron="0 5 * * 1", args=["A1"], connection=session)
         session.commit()
     assert [schedule.name for schedule in schedules.find()] == ["weekly"]
+
+
+def test_url_for_sqlalchemy_leads_to_the_database_of_greenjobs(database: running.Database) -> None:
+    keywords = " ".join(f"{name}='{value}'" for name, value in psycopg2.extensions.parse_dsn(database.url).items())
+    for url in (sqlalchemy_url(), sqlalchemy_url(database.url), sqlalchemy_url(keywords)):
+        engine = sa.create_engine(url)
+        assert addresses.of_engine(engine) == addresses.of_url(database.url)
+        with engine.connect() as connection:
+            assert connection.scalar(sa.text("SELECT current_database()")) == database.value(
+                "SELECT current_database()"
+            )
+        engine.dispose()
 
 
 def test_enqueuing_does_not_load_sqlalchemy(database_url: str) -> None:

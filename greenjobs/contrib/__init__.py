@@ -1,1 +1,1 @@
-"""What makes greenjobs at home in other frameworks; each module needs the package that it is named after."""
+"""What makes greenjobs at home in other frameworks; a module needs the packages that it imports at its top."""

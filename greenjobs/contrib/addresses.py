@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlencode
 
 import psycopg2
 from psycopg2 import extensions
@@ -34,7 +33,7 @@ class Address(NamedTuple):
 def of_url(database_url: str) -> Address | None:
     """Where a database URL of greenjobs leads; None when that cannot be said."""
     try:
-        return _of(extensions.parse_dsn(_for_libpq(database_url)))
+        return _of(extensions.parse_dsn(for_libpq(database_url)))
     except psycopg2.ProgrammingError:
         return None
 
@@ -50,17 +49,8 @@ def of_engine(engine: Any) -> Address | None:
     return _of({"host": url.host, "port": url.port, "dbname": url.database})
 
 
-def for_sqlalchemy(database_url: str) -> str:
-    """A database URL of greenjobs as one of SQLAlchemy's, over psycopg2."""
-    url = _for_libpq(database_url)
-    scheme, separator, rest = url.partition("://")
-    if scheme in ("postgres", "postgresql"):
-        return f"postgresql+psycopg2{separator}{rest}"
-    # A keyword string: psycopg2 takes as parameters what it has.
-    return f"postgresql+psycopg2:///?{urlencode(extensions.parse_dsn(url), quote_via=quote)}"
-
-
-def _for_libpq(database_url: str) -> str:
+def for_libpq(database_url: str) -> str:
+    """The same, as libpq takes it; starts the embedded server where the URL names one."""
     if embedded.is_embedded_url(database_url):
         return embedded.start(database_url, project_folder=config.project_folder())
     return database_url

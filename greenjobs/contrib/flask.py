@@ -22,13 +22,15 @@ from flask import Flask, appcontext_tearing_down, current_app, has_app_context
 from flask.cli import NoAppException, find_best_app
 
 from greenjobs import config, current
-from greenjobs.contrib import addresses
 from greenjobs.contrib.flask_commands import group
 from greenjobs.contrib.joining import Sessions, session_extension
+from greenjobs.contrib.sqlalchemy import sqlalchemy_url
 from greenjobs.errors import ConfigError
 
 if TYPE_CHECKING:
     from greenjobs.runner import Runner, RunnerHandle
+
+__all__ = ["Equipment", "GreenJobs", "equipment_of", "sqlalchemy_url"]
 
 logger = logging.getLogger(__name__)
 
@@ -118,15 +120,6 @@ class Equipment:
                     'put "pool_size": %s into %s, or run fewer at a time (--pool)',
                     *(jobs, most, key or "default", jobs, where),
                 )
-
-
-def sqlalchemy_url(database_url: str | None = None) -> str:
-    """A database of greenjobs, that of the settings if none is given, as SQLAlchemy names it, over psycopg2.
-
-    For `SQLALCHEMY_DATABASE_URI`, where greenjobs knows the database and the application does not, as with `embedded:`,
-    the server of which is started. Raises ConfigError and EmbeddedServerError.
-    """
-    return addresses.for_sqlalchemy(database_url or config.current().require_database_url())
 
 
 def equipment_of(found: Any, name: str) -> Equipment | None:
