@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import gevent
@@ -31,6 +31,9 @@ from greenjobs.supervised import Line
 from greenjobs.supervisor import EXIT_MISTAKE
 from greenjobs.version import __version__
 from greenjobs.worker import Worker
+
+if TYPE_CHECKING:
+    from greenjobs.contrib.flask import Equipment
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +96,11 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
                 "processes, max_jobs, max_memory and --reload need a supervisor, which is there when the command is "
                 "`greenjobs run`, or `python -m greenjobs run`, and `run` its first argument"
             )
+        application, equipment = _load_application(settings.app)
+        if equipment is not None:
+            equipment.adopt()
+            settings = config.current()
         url = settings.require_database_url()
-        application = _load_application(settings.app)
         jobs = registered_jobs()
         if not jobs:
             raise ConfigError(f"{settings.app or application!r} declares no jobs; name the module that does with --app")
@@ -106,17 +112,21 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
                 f"own; the most that one may have of it goes with its name, as in --queue bulk:10"
             )
         runner = Runner(url, context=application).register(*jobs.values())
+        if equipment is not None:
+            equipment.equip(runner)
         for queue, options in _parse_queues(queues).items():
             runner.configure_queue(queue, **options)
         if until_empty:
             runner.shutdown_when_queue_empty()
         if line is not None:
-            line.begin()
+            line.begin(settings)
         handle = runner.prepare()
         # Before the start, in which jobs may begin: from then on a signal must not just end the process.
         _handle_signals(handle)
         handle.start()
         _banner(url, handle, jobs)
+        if equipment is not None:
+            equipment.check(handle)
         if line is not None:
             line.report_up(handle)
         handle.wait_for_shutdown()
@@ -220,9 +230,16 @@ def _slots(options: Mapping[str, float]) -> str:
     return f"{options['pool']:g} of {options['share']:g}" if "share" in options else f"{options['pool']:g}"
 
 
-def _load_application(name: str | None) -> Any:
+def _load_application(name: str | None) -> tuple[Any, Equipment | None]:
+    """The application, and what it has of greenjobs if it is one of Flask's that uses the extension."""
     try:
-        return load_application(name)
+        application = load_application(name)
+        if "greenjobs.contrib.flask" not in sys.modules:  # which needs Flask
+            return application, None
+        from greenjobs.contrib.flask import equipment_of
+
+        equipment = equipment_of(application, name or "")
+        return (application, None) if equipment is None else (equipment.app, equipment)
     except GreenjobsError:
         raise
     except Exception:

@@ -376,22 +376,54 @@ OPTIONS: Mapping[str, Option] = {
 """Every option by name, in the order in which they are documented."""
 
 
+class Layer:
+    """What an application sets in a way of its own, such as Flask's `app.config`; already checked.
+
+    Its `arguments` win over the environment, and those of `configure` over them. Its `defaults` count where nobody has
+    said anything to greenjobs itself: they lose to the file, and win over variables that other programs read, too.
+    """
+
+    def __init__(self, arguments: Mapping[str, object], defaults: Mapping[str, object]) -> None:
+        self.arguments = arguments
+        self.defaults = defaults
+        self._loaded: tuple[_Process, Settings] | None = None
+
+    def settings(self) -> Settings:
+        """The settings of this application, whichever was adopted; loaded on first use."""
+        process = _process
+        if process.layer is self:
+            return _settings_of(process)
+        if self._loaded is None or self._loaded[0] is not process:
+            self._loaded = process, _load(process.arguments, self)
+        return self._loaded[1]
+
+
+_NO_LAYER = Layer({}, {})
+
+
 def load(**arguments: object) -> Settings:
     """Return the settings; each argument is the value of the option of that name, None when it is not given.
 
     Reads the environment and the nearest file with a section of ours. Raises TypeError for an argument that is no
     option, and ConfigError for a wrong value, an unknown key in the file, or a file that cannot be read.
     """
-    values = check(arguments)
+    return _load(arguments, _NO_LAYER)
+
+
+def _load(arguments: Mapping[str, object], layer: Layer) -> Settings:
+    values = {**layer.arguments, **check(arguments)}
     section = _nearest_section()
     for name, option in OPTIONS.items():
         if name in values:
             continue
-        variable = next((each for each in option.environment if os.environ.get(each, "").strip()), None)
+        variables = option.environment if name not in layer.defaults else option.environment[:1]
+        variable = next((each for each in variables if os.environ.get(each, "").strip()), None)
         if variable:
             values[name] = _parsed(option, os.environ[variable], f"the environment variable {variable}")
         elif section and name in section.values:
             values[name] = _parsed(option, section.values[name], section.label)
+        elif name in layer.defaults:
+            values[name] = layer.defaults[name]
     return Settings(**values, project_folder=section.file.parent if section else _marked_folder())
 
 
@@ -403,16 +435,33 @@ def configure(**arguments: object) -> None:
     """
     global _process
     check(arguments)
-    _process = _Process(arguments, [])
+    _process = _Process(arguments, _process.layer, [])
+
+
+def adopt(layer: Layer | None) -> None:
+    """Let this layer, instead of an earlier one, be that of the process; None for none."""
+    global _process
+    _process = _Process(_process.arguments, layer or _NO_LAYER, [])
+
+
+scoped: Callable[[], Settings | None] | None = None
+"""Set by greenjobs.contrib where several applications share a process: the settings of the one that is active here."""
 
 
 def current() -> Settings:
     """Return the settings of this process, loaded on first use. Safe in threads and greenlets, and after a fork."""
-    process = _process
+    if scoped is not None:
+        settings = scoped()
+        if settings is not None:
+            return settings
+    return _settings_of(_process)
+
+
+def _settings_of(process: _Process) -> Settings:
     if not process.loaded:
         # No lock, which a fork could copy while it is held: two threads may both load, and the first to arrive is kept.
         # A configure() in between has put another object in place, which this does not touch.
-        process.loaded.append(load(**process.arguments))
+        process.loaded.append(_load(process.arguments, process.layer))
     return process.loaded[0]
 
 
@@ -445,20 +494,21 @@ def redact(url: str) -> str:
 
 
 class _Process(NamedTuple):
-    arguments: dict[str, object]
+    arguments: Mapping[str, object]
+    layer: Layer
     loaded: list[Settings]
 
 
-_process = _Process({}, [])
+_process = _Process({}, _NO_LAYER, [])
 
 
-def check(arguments: Mapping[str, object]) -> dict[str, Any]:
+def check(arguments: Mapping[str, object], origin: str = "an argument") -> dict[str, Any]:
     """Return the arguments that are not None, checked and parsed; raise TypeError or ConfigError as `load`."""
     unknown = next((name for name in arguments if name not in OPTIONS), None)
     if unknown is not None:
         raise TypeError(f"there is no option {unknown!r}{_near_match(unknown)}")
     given = {name: value for name, value in arguments.items() if value is not None}
-    return {name: _parsed(OPTIONS[name], value, "an argument") for name, value in given.items()}
+    return {name: _parsed(OPTIONS[name], value, origin) for name, value in given.items()}
 
 
 def _parsed(option: Option, value: object, origin: str) -> object:

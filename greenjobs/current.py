@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -47,7 +47,7 @@ class Place:
     """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on.
 
     `runner_ids` are those under which this process may have claimed its jobs; they become more. `recorder` writes what
-    the jobs say of themselves; nobody does where it is None.
+    the jobs say of themselves; nobody does where it is None. `surroundings` are entered around each attempt.
     """
 
     queue: str
@@ -55,6 +55,7 @@ class Place:
     pool: ConnectionPool
     runner_ids: Sequence[int] = ()
     recorder: Recorder | None = None
+    surroundings: tuple[Callable[[], AbstractContextManager[Any]], ...] = ()
 
 
 class Declaration(Protocol):
@@ -315,6 +316,11 @@ def joined() -> Any:
     """The connection of the transaction in which the job that runs here is about to complete; None if it is in none."""
     attempt = _attempt.get(None)
     return None if attempt is None or attempt.completion is None else attempt.completion.joined()
+
+
+ambient: Callable[[str, str], Any] | None = None
+"""Set by greenjobs.contrib: given the database URL and the name of a job, what a call that names no connection is to be
+enqueued on, as for `.options(connection=…)`; None for a connection of ours."""
 
 
 def lender(settings: config.Settings) -> ConnectionPool:

@@ -36,6 +36,7 @@ from greenjobs.job import Job
 from greenjobs.keeping import keep_seconds
 from greenjobs.policy import Verdict, judge
 from greenjobs.storage import ClaimedJob, Ended, Failure, Fence, Snoozed, claim_order
+from greenjobs.surroundings import call_within
 from greenjobs.tally import Tally
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Executor:
         self.tallies = {job_type: Tally() for job_type in jobs}
         self._jobs = jobs
         self._place = place
+        self._surroundings = place.surroundings
         self._runner_name = runner_name
         self._done = acknowledger.done.add
         self._ended = acknowledger.ended.add
@@ -231,7 +233,10 @@ class Executor:
             if row.start_by is not None and time.monotonic() >= row.start_by:
                 raise JobExpired("it had not started when it expired")
             args, kwargs = job.codec.decode(row.data)
-            value = job.function(*args, **kwargs)
+            if self._surroundings:
+                value = call_within(self._surroundings, job.function, args, kwargs)
+            else:
+                value = job.function(*args, **kwargs)
             if isinstance(attempt.interrupted_by, (JobCancelled, JobHardTimeout)):
                 raise attempt.interrupted_by
             if attempt.completion is not None:

@@ -808,3 +808,16 @@ def known_queues(connection: Connection, names: Sequence[str]) -> set[str]:
     with connection.cursor() as cursor:
         cursor.execute(_KNOWN_QUEUES, {"names": list(names)})
         return {row[0] for row in cursor.fetchall()}
+
+
+_HAS_WRITTEN = """
+SELECT pg_current_xact_id_if_assigned() IS NOT NULL
+"""
+
+
+def has_written(connection: Connection) -> bool:
+    """Whether the open transaction of this connection has changed anything so far."""
+    with connection.cursor(cursor_factory=TupleCursor) as cursor:
+        cursor.execute(_HAS_WRITTEN)
+        (has_written,) = cursor.fetchone() or (False,)
+        return bool(has_written)

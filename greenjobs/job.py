@@ -66,6 +66,7 @@ class _Options:
     overrides: tuple[tuple[str, float | str], ...] = ()
     connection: Any = None
     uniqueness: Uniqueness | None = None  # resolved: that of the job, unless the call says otherwise
+    independent: bool = False
 
 
 class Job(Generic[P, R]):
@@ -181,16 +182,22 @@ class Job(Generic[P, R]):
         on_conflict: OnConflict | None = None,
         keep: float | timedelta | str | None = None,
         connection: Any = None,
+        independent: bool = False,
     ) -> Call[P]:
         """Options for one call: `job.options(priority=10, delay=60).delay(…)`.
 
         `delay` is in seconds; `run_at` is an aware datetime; `expires` is in seconds from when the job is due, or an
         aware datetime; `max_retries`, the timeouts, `keep`, and what makes it unique are as for @job. With
-        `connection`, a psycopg2 connection or cursor, the job is inserted in its transaction: there when that commits,
-        gone when it rolls back. Raises OptionError.
+        `connection`, a psycopg2 connection or cursor, or a SQLAlchemy Connection or Session, the job is inserted in its
+        transaction: there when that commits, gone when it rolls back. With `independent`, it joins no transaction, nor
+        the session of a Flask application. Raises OptionError.
         """
         if delay is not None and run_at is not None:
             raise OptionError(f"{self.name}: give delay or run_at, not both")
+        if not isinstance(independent, bool):
+            raise OptionError(f"{self.name}: independent is {independent!r}; allowed: True or False")
+        if independent and connection is not None:
+            raise OptionError(f"{self.name}: give connection or independent, not both")
         if queue is not None:
             queue = check_queue_name(queue, f"{self.name}: queue", OptionError)
         if priority is not None:
@@ -220,6 +227,7 @@ class Job(Generic[P, R]):
                 expires_at=expires_at,
                 connection=connection,
                 uniqueness=uniqueness,
+                independent=independent,
             ),
         )
 
@@ -332,7 +340,7 @@ class Call(Generic[P]):
             new = self._new_jobs(storage, data)
             return current.stage.enqueue(self._job, new, connection=self._options.connection)
         try:
-            given = self._options.connection if self._options.connection is not None else joined()
+            given = self._transaction(settings)
             if given is not None:
                 connection = pool.raw_connection(given)
                 # In autocommit every statement commits by itself, so all or nothing takes a single one.
@@ -353,6 +361,18 @@ class Call(Generic[P]):
         if given is not None:
             note_transaction(handles, connection)
         return handles
+
+    def _transaction(self, settings: config.Settings) -> Any:
+        """What to enqueue on: what the call names, that in which the job that runs here completes, or the session of
+        the application; None for a connection of ours."""
+        if self._options.connection is not None:
+            return self._options.connection
+        if self._options.independent:
+            return None
+        given = joined()
+        if given is None and current.ambient is not None:
+            given = current.ambient(lender(settings).database_url, self._job.name)
+        return given
 
     def _batches(self, storage: Any, data: list[str], size: int) -> list[NewJobs]:
         return [self._new_jobs(storage, data[start : start + size]) for start in range(0, len(data), size)]

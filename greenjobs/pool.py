@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg2
 from psycopg2 import extensions
 
-from greenjobs import config, embedded
+from greenjobs import alchemy, config, embedded
 from greenjobs.errors import DatabaseUnavailable, OptionError
 from greenjobs.statement import PlanningConnection
 from greenjobs.waits import Waits
@@ -226,13 +226,14 @@ class Loan:
 
 
 def raw_connection(given: Any) -> Connection:
-    """The psycopg2 connection behind what a caller passed as `connection`. Raises OptionError."""
+    """The psycopg2 connection behind what a caller passed as `connection`, in SQLAlchemy's transaction if it is one of
+    its objects. Raises OptionError.
+    """
     connection = given.connection if isinstance(given, extensions.cursor) else given
     if not isinstance(connection, extensions.connection):
-        raise OptionError(
-            f"connection is a {type(given).__module__}.{type(given).__qualname__}; "
-            f"allowed: a psycopg2 connection or cursor"
-        )
+        connection = alchemy.driver_connection(given)
+    if not isinstance(connection, extensions.connection):
+        raise OptionError(f"connection is a {type(given).__module__}.{type(given).__qualname__}; {alchemy.ALLOWED}")
     return connection
 
 

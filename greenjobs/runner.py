@@ -20,7 +20,7 @@ import psycopg2
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
-from greenjobs import config, green, inspection, migrate, pool, storage
+from greenjobs import config, green, inspection, migrate, pool, storage, surroundings
 from greenjobs.acknowledger import Acknowledger
 from greenjobs.counting import Counting
 from greenjobs.current import Place
@@ -32,6 +32,7 @@ from greenjobs.maintenance import Maintenance
 from greenjobs.scheduler import Scheduler
 from greenjobs.service import Service
 from greenjobs.share import Share
+from greenjobs.surroundings import Surrounding
 from greenjobs.turns import Turns
 from greenjobs.version import __version__
 from greenjobs.worker import Worker
@@ -69,6 +70,7 @@ class Runner:
         self._queues: dict[str, dict[str, Any]] = {}
         self._slots = self.settings.share
         self._stops_when_empty = False
+        self._surroundings: list[Surrounding] = []
 
     def register(self, *jobs: Job[Any, Any]) -> Runner:
         """Let it run these jobs, rows under their aliases included.
@@ -114,6 +116,11 @@ class Runner:
         self._slots = config.check({"share": slots}).get("share")
         return self
 
+    def surround(self, make: Surrounding) -> Runner:
+        """Enter `make()`, a context manager, around every attempt of every job; see greenjobs.surroundings."""
+        self._surroundings.append(surroundings.checked(make))
+        return self
+
     def shutdown_when_queue_empty(self) -> Runner:
         """Stop by itself when nothing waits that could run now; jobs for later, and retries, are not waited for."""
         self._stops_when_empty = True
@@ -146,7 +153,8 @@ class Runner:
             **({} if self._slots is None else {"share": self._slots}),
         }
         complete = {queue: {**defaults, **given} for queue, given in queues.items()}
-        return RunnerHandle(self, complete, self._jobs, stops_when_empty=self._stops_when_empty)
+        around = (*surroundings.everywhere, *self._surroundings)
+        return RunnerHandle(self, complete, self._jobs, stops_when_empty=self._stops_when_empty, surroundings=around)
 
     def check_for_failed_jobs(self) -> None:
         """Raise JobsFailed when jobs have failed at least once and are still there."""
@@ -203,6 +211,7 @@ class RunnerHandle:
         jobs: dict[str, Job[Any, Any]],
         *,
         stops_when_empty: bool,
+        surroundings: tuple[Surrounding, ...] = (),
     ) -> None:
         self._stops_when_empty = stops_when_empty
         self.queues = queues
@@ -246,6 +255,7 @@ class RunnerHandle:
                     enqueue_pool,
                     runner_ids=self._service.runner_ids,
                     recorder=self._acknowledger.reporter,
+                    surroundings=surroundings,
                 ),
                 pool=int(options["pool"]),
                 poll_interval=options["poll_interval"],

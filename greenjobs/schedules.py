@@ -83,7 +83,8 @@ def add(
     overlap: bool = True,
     connection: Any = None,
 ) -> None:
-    """Enqueue `job(*args, **kwargs)` by the clock from now on, committed when this returns.
+    """Enqueue `job(*args, **kwargs)` by the clock from now on, committed when this returns; with `connection`, as for
+    `.options`, from when the caller commits.
 
     `name` is one's own; a schedule of that name that was made here before is replaced. `timezone`, `catch_up` and
     `overlap` are those of greenjobs.cron.Timetable; a queue or a priority that is not given is that of the job. With

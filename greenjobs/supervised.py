@@ -66,11 +66,13 @@ class Line:
             sys.exit(_EXIT_UNSUPERVISED)
         return cls(fd, settings)
 
-    def begin(self) -> None:
+    def begin(self, settings: Settings) -> None:
         """From here on there is something to lose: a wish to stop is passed on to the runner, once there is one.
 
-        Raises ConfigError when the process is too large to live by its own limit.
+        The settings are those that the application was heard about, too. Raises ConfigError when the process is too
+        large to live by its own limit.
         """
+        self._settings = settings
         limit, megabytes = self._settings.max_memory, resident_megabytes()
         if limit is not None and megabytes >= limit:
             raise ConfigError(

@@ -102,6 +102,20 @@ def with_database(url: str, name: str) -> str:
     return f"{parts.scheme}://{parts.netloc}/{name}{query}"
 
 
+def sqlalchemy_url(url: str) -> str:
+    """The same database as SQLAlchemy names it, through psycopg2."""
+    from sqlalchemy import URL
+
+    given = extensions.parse_dsn(url)
+    address = {"host": given.pop("host", None), "database": given.pop("dbname", None)}
+    address |= {"username": given.pop("user", None), "password": given.pop("password", None)}
+    if (address["host"] or "").startswith("/"):
+        given["host"] = address.pop("host")
+    port = int(given.pop("port")) if "port" in given and "host" not in given else None
+    made = URL.create("postgresql+psycopg2", **address, port=port, query=given)
+    return made.render_as_string(hide_password=False)
+
+
 def _name_in(url: str) -> str:
     return str(extensions.parse_dsn(url)["dbname"])
 

@@ -116,6 +116,22 @@ def test_wrong_order_leaves_neither_order_nor_job(shop: Shop) -> None:
     assert (shop.count("shop_orders"), shop.count("background_jobs")) == (0, 0)
 
 
+def test_order_that_cannot_be_filled_is_rolled_back_with_its_job(shop: Shop) -> None:
+    with databases.administration(shop.database_url) as cursor:
+        cursor.execute("UPDATE shop_items SET stock = 5")
+    assert [shop.order(quantity="3").status_code, shop.order(quantity="3").status_code] == [200, 409]
+    assert (shop.count("shop_orders"), shop.count("background_jobs")) == (1, 1)
+    assert shop.order(quantity="2").status_code == 200
+    assert (shop.count("shop_orders"), shop.count("background_jobs")) == (2, 2)
+
+
+def test_shop_lends_its_jobs_as_many_connections_as_run_at_a_time(shop: Shop) -> None:
+    with processes.runner(shop.folder, shop.database_url, "--pool", "50") as runner:
+        runner.terminate()
+        assert runner.wait() == 0
+        assert "WARNING" not in runner.output
+
+
 def test_name_of_a_customer_is_shown_as_text_and_not_as_html(shop: Shop) -> None:
     shop.order(customer="<script>alert(1)</script>@example.com")
     assert "<script>" not in shop.page()

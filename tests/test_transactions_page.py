@@ -21,6 +21,13 @@ def printed(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         return pages.follow("transactions.md", tmp_path_factory.mktemp("page"), url)
 
 
+def test_jobs_of_committed_orders_run_and_that_of_the_savepoint_does_not(printed: dict[str, str]) -> None:
+    lines = printed["Enqueuing in a transaction"].splitlines()
+    assert sorted(line for line in lines if line.endswith("is confirmed")) == [
+        f"order {number} is confirmed" for number in (1, 2, 3)
+    ]
+
+
 def test_one_transfer_is_made_and_confirmed_and_the_other_one_leaves_no_trace(printed: dict[str, str]) -> None:
     lines = printed["Exactly once: completing in the job's own transaction"].splitlines()
     assert lines.count("30 from ann to bob: committed") == 1

@@ -3,48 +3,66 @@
     flask run                     # in one terminal; the page is at http://127.0.0.1:5000
     greenjobs run --pool 50       # in another
 
-Plain synchronous code. Both processes import this module, and whichever comes first makes the tables. The database is
-the one that setup.cfg names; set GREENJOBS_DATABASE_URL for another.
+Plain synchronous code, with Flask-SQLAlchemy. Both processes import this module, and whichever comes first makes the
+tables. The database is the one that setup.cfg names; set GREENJOBS_DATABASE_URL for another.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
-from collections.abc import Iterator
+from typing import Any
 
-import psycopg2
-import psycopg2.extras
+import sqlalchemy as sa
 from flask import Flask, redirect, render_template, request, url_for
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.dialects import postgresql
 from werkzeug.wrappers import Response
 
-from greenjobs import config, embedded, job, migrate
+from greenjobs import config, job, migrate
+from greenjobs.contrib.flask import GreenJobs, sqlalchemy_url
 
 CATALOGUE = ("Rubber duck", "Notebook", "Coffee mug")
 MOST_PIECES = 100
-
-TABLES = """
--- Not two at once: CREATE TABLE IF NOT EXISTS fails where another process is just creating the same table.
-SELECT pg_advisory_xact_lock(hashtext('shop'));
-CREATE TABLE IF NOT EXISTS shop_orders (
-    id SERIAL PRIMARY KEY,
-    customer TEXT NOT NULL,
-    item TEXT NOT NULL,
-    quantity INTEGER NOT NULL,
-    placed_at TIMESTAMPTZ NOT NULL DEFAULT now(),
-    confirmed_at TIMESTAMPTZ
-);
-CREATE TABLE IF NOT EXISTS shop_mails (
-    id SERIAL PRIMARY KEY,
-    recipient TEXT NOT NULL,
-    subject TEXT NOT NULL,
-    body TEXT NOT NULL,
-    sent_at TIMESTAMPTZ NOT NULL DEFAULT now()
-);
-"""
+FIRST_STOCK = 1000
 
 app = Flask(__name__)
+# The shop's tables lie beside those of greenjobs. Most applications go the other way round: they name their database
+# here, and greenjobs finds it.
+app.config["SQLALCHEMY_DATABASE_URI"] = sqlalchemy_url()
+# As many as jobs run at a time; they are opened when they are needed.
+app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_size": 10, "max_overflow": 40}
+db = SQLAlchemy(app)
+GreenJobs(app)
+
+
+class Item(db.Model):  # type: ignore[name-defined, misc]
+    __tablename__ = "shop_items"
+    __table_args__ = (sa.CheckConstraint("stock >= 0"),)
+
+    name = db.Column(sa.Text, primary_key=True)
+    stock = db.Column(sa.Integer, nullable=False)
+
+
+class Order(db.Model):  # type: ignore[name-defined, misc]
+    __tablename__ = "shop_orders"
+
+    id = db.Column(sa.Integer, primary_key=True)
+    customer = db.Column(sa.Text, nullable=False)
+    item = db.Column(sa.ForeignKey(Item.name), nullable=False)
+    quantity = db.Column(sa.Integer, nullable=False)
+    placed_at = db.Column(sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now())
+    confirmed_at = db.Column(sa.DateTime(timezone=True))
+
+
+class Mail(db.Model):  # type: ignore[name-defined, misc]
+    __tablename__ = "shop_mails"
+
+    id = db.Column(sa.Integer, primary_key=True)
+    recipient = db.Column(sa.Text, nullable=False)
+    subject = db.Column(sa.Text, nullable=False)
+    body = db.Column(sa.Text, nullable=False)
+    sent_at = db.Column(sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now())
 
 
 @app.get("/")
@@ -60,36 +78,39 @@ def place_order() -> Response | tuple[str, int]:
     mistake = mistake_in(customer, item, quantity)
     if mistake:
         return orders_page(mistake), 400
-    with transaction() as cursor:
-        cursor.execute(
-            "INSERT INTO shop_orders (customer, item, quantity) VALUES (%s, %s, %s) RETURNING id",
-            (customer, item, int(quantity)),
-        )
-        order_id = cursor.fetchone()["id"]
-        # In the order's own transaction: either both are there, or neither.
-        confirm_order.options(connection=cursor).delay(order_id)
-    return redirect(url_for("show_orders", placed=order_id), code=303)
+    order = Order(customer=customer, item=item, quantity=int(quantity))
+    db.session.add(order)
+    db.session.flush()  # it has its id from here on
+    # In the order's own transaction, because that is what the session is in: either both are there, or neither.
+    confirm_order.delay(order.id)
+    try:
+        take_from_stock(item, int(quantity))
+    except sa.exc.IntegrityError:
+        db.session.rollback()  # takes the order along, and the job
+        return orders_page(f"We have not got so many of these: {item}."), 409
+    db.session.commit()
+    return redirect(url_for("show_orders", placed=order.id), code=303)
 
 
 @job(queue="mail")
 def confirm_order(order_id: int) -> None:
     """Write to the customer. A job may run twice, when its runner died; the customer still gets one mail."""
     time.sleep(0.5)  # the mail server thinks; forty-nine other confirmations go on meanwhile
-    with transaction() as cursor:
-        cursor.execute(
-            "UPDATE shop_orders SET confirmed_at = now() WHERE id = %s AND confirmed_at IS NULL RETURNING *",
-            (order_id,),
-        )
-        order = cursor.fetchone()
-        if order is not None:
-            subject = f"Your order {order['id']}"
-            body = f"Thank you for ordering {order['quantity']} × {order['item']}."
-            send_mail(cursor, order["customer"], subject, body)
+    order = db.session.get(Order, order_id, with_for_update=True)
+    if order is not None and order.confirmed_at is None:
+        order.confirmed_at = sa.func.now()
+        send_mail(order.customer, f"Your order {order.id}", f"Thank you for ordering {order.quantity} × {order.item}.")
+        db.session.commit()
 
 
-def send_mail(cursor: psycopg2.extras.RealDictCursor, recipient: str, subject: str, body: str) -> None:
+def send_mail(recipient: str, subject: str, body: str) -> None:
     """Put a mail in the outbox, which is a table here, so that you can see it on the page."""
-    cursor.execute("INSERT INTO shop_mails (recipient, subject, body) VALUES (%s, %s, %s)", (recipient, subject, body))
+    db.session.add(Mail(recipient=recipient, subject=subject, body=body))
+
+
+def take_from_stock(item: str, quantity: int) -> None:
+    """Raises IntegrityError when there are not so many: the database watches over that."""
+    db.session.execute(sa.update(Item).where(Item.name == item).values(stock=Item.stock - quantity))
 
 
 def mistake_in(customer: str, item: str, quantity: str) -> str:
@@ -104,40 +125,29 @@ def mistake_in(customer: str, item: str, quantity: str) -> str:
 
 
 def orders_page(mistake: str = "") -> str:
-    with transaction() as cursor:
-        cursor.execute("SELECT * FROM shop_orders ORDER BY id DESC LIMIT 20")
-        orders = cursor.fetchall()
-        cursor.execute("SELECT * FROM shop_mails ORDER BY id DESC LIMIT 20")
-        mails = cursor.fetchall()
     return render_template(
-        "orders.html", orders=orders, mails=mails, catalogue=CATALOGUE, most=MOST_PIECES, mistake=mistake
+        "orders.html",
+        orders=newest(Order),
+        mails=newest(Mail),
+        catalogue=CATALOGUE,
+        most=MOST_PIECES,
+        mistake=mistake,
     )
 
 
-@contextlib.contextmanager
-def transaction() -> Iterator[psycopg2.extras.RealDictCursor]:
-    """A connection and a transaction of its own, committed at the end of the block."""
-    connection = psycopg2.connect(database_dsn())
-    try:
-        with connection, connection.cursor(cursor_factory=psycopg2.extras.RealDictCursor) as cursor:
-            yield cursor
-    finally:
-        connection.close()
-
-
-def database_dsn() -> str:
-    """The shop's tables lie beside those of greenjobs; an application with a database of its own just names that."""
-    url = config.current().require_database_url()
-    if embedded.is_embedded_url(url):
-        return embedded.start(url, project_folder=config.project_folder())
-    return url
+def newest(model: Any) -> list[Any]:
+    return list(db.session.scalars(sa.select(model).order_by(model.id.desc()).limit(20)))
 
 
 def make_tables() -> None:
-    # For a demonstration. Elsewhere this is a step of the deployment: `greenjobs migrate`.
+    # For a demonstration. Elsewhere this is a step of the deployment: `flask greenjobs migrate`.
     migrate.migrate(config.current().require_database_url())
-    with transaction() as cursor:
-        cursor.execute(TABLES)
+    with app.app_context(), db.engine.begin() as connection:
+        # Not two at once: CREATE TABLE fails where another process is just creating the same table.
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext("shop"))))
+        db.metadata.create_all(connection)
+        stock = [{"name": name, "stock": FIRST_STOCK} for name in CATALOGUE]
+        connection.execute(postgresql.insert(Item).on_conflict_do_nothing(), stock)
 
 
 make_tables()

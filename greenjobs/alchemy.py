@@ -1,0 +1,66 @@
+"""SQLAlchemy, seen from outside: the driver's connection behind one of its connections or sessions.
+
+Nothing here imports it: what a caller hands over can only be one of its objects where it has been loaded. 1.4 and 2.x.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from greenjobs.errors import OptionError
+
+ALLOWED = (
+    "allowed: a psycopg2 connection or cursor, or a SQLAlchemy Connection, Session or scoped_session of an engine of "
+    "postgresql+psycopg2"
+)
+
+
+def driver_connection(given: Any) -> Any:
+    """The driver's connection behind a SQLAlchemy Connection, Session or scoped_session; None for anything else.
+
+    It is in a transaction then, which is the caller's to commit, and is begun if there was none: what is executed on it
+    belongs to that, and to the savepoint that is open. Nothing is flushed. Raises OptionError where the driver is not
+    psycopg2, or where a transaction that is begun here could not be committed by the caller; and SQLAlchemy's own
+    errors, such as PendingRollbackError.
+    """
+    orm, engine = sys.modules.get("sqlalchemy.orm"), sys.modules.get("sqlalchemy.engine")
+    if orm is not None and isinstance(given, orm.scoped_session):
+        given = given()
+    if orm is not None and isinstance(given, orm.Session):
+        _require_psycopg2(_bind_of(given), given)
+        return _of_connection(given.connection())
+    if engine is not None and isinstance(given, engine.Connection):
+        _require_psycopg2(given, given)
+        return _of_connection(given)
+    return None
+
+
+def _bind_of(session: Any) -> Any:
+    try:
+        return session.get_bind()
+    except sys.modules["sqlalchemy.exc"].UnboundExecutionError:
+        raise OptionError(
+            "connection is a SQLAlchemy Session without a single engine; say which one has the tables of greenjobs: "
+            "connection=session.connection(bind_arguments={'bind': engine})"
+        ) from None
+
+
+def _require_psycopg2(bind: Any, given: Any) -> None:
+    driver = f"{bind.dialect.name}+{bind.dialect.driver}"
+    if driver != "postgresql+psycopg2":
+        raise OptionError(f"connection is a SQLAlchemy {type(given).__name__} of {driver}; {ALLOWED}")
+
+
+def _of_connection(connection: Any) -> Any:
+    if not connection.in_transaction():
+        if not hasattr(connection, "commit"):
+            # 1.4 in its old style: each statement of SQLAlchemy's own is committed by itself, and ours would not be.
+            raise OptionError(
+                "connection is a SQLAlchemy Connection of the 1.x kind without a transaction; begin one, as in "
+                "`with engine.begin() as connection:`"
+            )
+        # As the first statement of SQLAlchemy's own would; without it, connection.commit() would commit nothing.
+        connection.begin()
+    lent = connection.connection
+    return lent.dbapi_connection if hasattr(lent, "dbapi_connection") else lent.connection

@@ -1,0 +1,226 @@
+"""greenjobs in a Flask application: its settings, its context around every job, its session, its commands.
+
+    jobs = GreenJobs(app)                   # or GreenJobs(), and jobs.init_app(app) in the factory
+
+Jobs belong to the process that declares them, not to an application: `@job` needs none. Where several applications
+share a process, a job that is enqueued in the context of one has its settings, and so its database; outside of any
+context those of the application that was set up last count. A runner works for one application.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from flask import Flask, appcontext_tearing_down, current_app, has_app_context
+from flask.cli import NoAppException, find_best_app
+
+from greenjobs import config, current
+from greenjobs.contrib.flask_commands import group
+from greenjobs.contrib.joining import Sessions, session_extension
+from greenjobs.contrib.sqlalchemy import sqlalchemy_url
+from greenjobs.errors import ConfigError
+
+if TYPE_CHECKING:
+    from greenjobs.runner import Runner, RunnerHandle
+
+__all__ = ["Equipment", "GreenJobs", "equipment_of", "sqlalchemy_url"]
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "GREENJOBS_"
+_JOIN = "GREENJOBS_JOIN_SESSION"
+
+# What `greenjobs run` has to know before it loads the application.
+_EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "log_level")
+
+_equipped: weakref.WeakSet[Equipment] = weakref.WeakSet()
+
+
+class GreenJobs:
+    """The extension. It has no state of its own: what it makes of an application is there in `app.extensions`."""
+
+    def __init__(self, app: Flask | None = None) -> None:
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Set the application up, with the settings that `app.config` has now. Raises ConfigError."""
+        if "greenjobs" in app.extensions:
+            raise ConfigError(f"greenjobs has been set up for the application {app.name!r} already")
+        equipment = Equipment(app)
+        app.extensions["greenjobs"] = equipment
+        app.cli.add_command(group)
+        # After all functions of teardown, one of which may commit.
+        appcontext_tearing_down.connect(_context_ends, app)
+        equipment.adopt()
+        config.scoped = _active_settings
+        current.ambient = _active_connection
+
+
+class Equipment:
+    """What an application has of greenjobs: `app.extensions["greenjobs"]`."""
+
+    def __init__(self, app: Flask) -> None:
+        self.app = app
+        self._layer = config.Layer(_arguments_in(app.config), _defaults_in(app.config))
+        self.sessions = Sessions(joins=_checked_join(app.config.get(_JOIN, True)))
+        _equipped.add(self)
+
+    @property
+    def settings(self) -> config.Settings:
+        """Those of the application, complete."""
+        return self._layer.settings()
+
+    def adopt(self) -> None:
+        """Let its settings be those of the process, where no other application is active."""
+        config.adopt(self._layer)
+
+    def equip(self, runner: Runner) -> None:
+        """Let every job of this runner run in a context of the application. `greenjobs run` does this by itself."""
+        runner.surround(self.context)
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """A fresh context of the application, and at its end all that ends with one; no session outlives it."""
+        left: list[tuple[dict[Any, Any], Any]] = []
+        try:
+            with self.app.app_context():
+                try:
+                    yield
+                finally:
+                    left = list(_scope_of_session())
+        finally:
+            # A function of teardown that fails keeps those before it from running, Flask-SQLAlchemy's too. Its session
+            # is filed under the address of the context, which the context of another job will have one day.
+            for registry, scope in left:
+                session = registry.pop(scope, None)
+                if session is not None:
+                    session.close()
+
+    def check(self, handle: RunnerHandle) -> None:
+        """Warn when jobs may wait for one another's connections to the database of the application."""
+        jobs = sum(worker.pool for worker in handle.workers.values())
+        with self.app.app_context():
+            db = session_extension()
+            engines = dict(db.engines) if db is not None else {}
+        for key, bind in engines.items():
+            most = _most_connections(bind.engine.pool)
+            if most is not None and most < jobs:
+                where = f'SQLALCHEMY_BINDS["{key}"]' if key is not None else "SQLALCHEMY_ENGINE_OPTIONS"
+                logger.warning(
+                    "up to %s jobs run here at a time, and SQLAlchemy lends them %s connections (pool_size and "
+                    "max_overflow) of the engine %r: the others wait for one, for 30 s by default, and then fail; "
+                    'put "pool_size": %s into %s, or run fewer at a time (--pool)',
+                    *(jobs, most, key or "default", jobs, where),
+                )
+
+
+def equipment_of(found: Any, name: str) -> Equipment | None:
+    """What the Flask application has of greenjobs that was found under this name: as an object, by its factory, or in
+    a module by Flask's rules. None when it does without. Raises ConfigError when there is none to be found.
+    """
+    if inspect.isfunction(found):  # myapp:create_app, which Flask calls
+        found = found()
+    if isinstance(found, ModuleType):
+        found = _application_in(found, name)
+    equipment = found.extensions.get("greenjobs") if isinstance(found, Flask) else found
+    return equipment if isinstance(equipment, Equipment) else None
+
+
+def _application_in(module: ModuleType, name: str) -> Any:
+    try:
+        return find_best_app(module)
+    except NoAppException as error:
+        equipped = list(_equipped)
+        if len(equipped) == 1:  # a module of jobs, which imports the application
+            return equipped[0]
+        raise ConfigError(
+            f"app is {name!r}, and jobs are to run in a Flask application, but it is not clear in which: {error} "
+            f"Name it, as in myapp:app or myapp:create_app()"
+        ) from None
+
+
+def _active() -> Equipment | None:
+    equipment = current_app.extensions.get("greenjobs") if has_app_context() else None
+    return equipment if isinstance(equipment, Equipment) else None
+
+
+def _active_settings() -> config.Settings | None:
+    equipment = _active()
+    return None if equipment is None else equipment.settings
+
+
+def _active_connection(database_url: str, job: str) -> Any:
+    equipment = _active()
+    return None if equipment is None else equipment.sessions.connection_for(database_url, job)
+
+
+def _context_ends(app: Flask, exc: BaseException | None = None, **_: Any) -> None:
+    equipment = app.extensions.get("greenjobs")
+    if isinstance(equipment, Equipment):
+        equipment.sessions.context_ends(exc)
+
+
+def _scope_of_session() -> Iterator[tuple[dict[Any, Any], Any]]:
+    """Where Flask-SQLAlchemy keeps the session of the active context, and under which key."""
+    db = session_extension()
+    registry: Any = getattr(db.session, "registry", None) if db is not None else None
+    if hasattr(registry, "scopefunc"):
+        yield registry.registry, registry.scopefunc()
+
+
+def _most_connections(pool: Any) -> int | None:
+    """How many connections a QueuePool of SQLAlchemy lends at a time; None for no limit, and for other pools."""
+    size, overflow = getattr(pool, "size", None), getattr(pool, "_max_overflow", -1)
+    return None if size is None or not size() or overflow < 0 else size() + overflow
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _arguments_in(given: Mapping[str, Any]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for key, value in given.items():
+        # Who copies the environment into the configuration says nothing new.
+        if not key.startswith(_PREFIX) or key == _JOIN or value is None or os.environ.get(key) == value:
+            continue
+        name = key.removeprefix(_PREFIX).lower()
+        if name in _EARLY_OPTIONS:
+            raise ConfigError(
+                f"app.config has {key}, which counts before the application is loaded; set it in the environment, in "
+                f"setup.cfg or pyproject.toml, or on the command line"
+            )
+        try:
+            arguments |= config.check({name: value}, f"{key} in app.config")
+        except TypeError as error:
+            raise ConfigError(f"app.config has {key}: {error}") from None
+    return arguments
+
+
+def _defaults_in(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The database of the application, when it is one that jobs can be in."""
+    candidates = (
+        given.get("SQLALCHEMY_DATABASE_URI"),
+        (given.get("SQLALCHEMY_ENGINES") or {}).get("default"),
+        (given.get("SQLALCHEMY_BINDS") or {}).get(None),
+    )
+    for candidate in candidates:
+        url: Any = candidate.get("url") if isinstance(candidate, dict) else candidate
+        text = url.render_as_string(hide_password=False) if hasattr(url, "render_as_string") else url
+        if isinstance(text, str) and text.startswith("postgres"):
+            with contextlib.suppress(ValueError):  # of another driver
+                return {"database_url": config.OPTIONS["database_url"].parse(text)}
+    return {}
+
+
+def _checked_join(given: Any) -> bool:
+    if not isinstance(given, bool):
+        raise ConfigError(f"{_JOIN} is {given!r} (app.config); the value must be True or False.")
+    return given
