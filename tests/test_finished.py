@@ -23,7 +23,7 @@ import running
 from waiting import eventually
 
 import greenjobs
-from greenjobs import Discard, Runner, current_job, job, jobs, storage
+from greenjobs import Discard, Runner, current_job, job, jobs, maintenance, storage
 from greenjobs.errors import (
     JobDefinitionError,
     JobFailed,
@@ -269,6 +269,36 @@ def test_runner_that_dies_around_the_statement_leaves_the_job_in_one_of_both_tab
     assert (tmp_path / "runs").read_text() == "run\n" * runs
     assert handle.result(0) == 7
     assert (database.count(), len(history(database))) == (0, 1)
+
+
+def test_outcome_that_is_not_written_yet_is_still_held_and_waited_for(
+    database: running.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an audit gives the job back, nor does the runner stop without its outcome."""
+    may_write, runs = threading.Event(), []
+    write = storage.end
+
+    def end_later(*args: Any) -> set[int]:
+        assert may_write.wait(_PATIENCE)
+        return write(*args)
+
+    monkeypatch.setattr(storage, "end", end_later)
+    monkeypatch.setattr(maintenance, "_AUDIT_AGE_SECONDS", 0.0)
+
+    @job(keep="1 day")
+    def work() -> None:
+        runs.append(current_job.id)
+
+    id = work.delay().id
+    with running.started(Runner().register(work)) as handle:
+        eventually(lambda: handle.finished_jobs() == 1, "it ran", seconds=_PATIENCE)
+        assert handle.held_ids() == {id}
+        handle._maintenance.audit()
+        assert database.state(id) == "running"
+        handle.shutdown()
+        assert not handle.wait_for_shutdown(0.05)
+        may_write.set()
+    assert (runs, history(database, "id, outcome")) == ([id], [(id, "done")])
 
 
 def test_newer_job_of_an_id_that_was_used_before_counts(database: running.Database) -> None:
