@@ -72,10 +72,14 @@ def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     Not for a command that goes well and runs jobs, because it handles signals.
     """
     modules, path = set(sys.modules), list(sys.path)
+    registry = running._job_module._registry  # type: ignore[attr-defined]
+    declared = dict(registry)
     monkeypatch.chdir(tmp_path)
     for name in ("GREENJOBS_DATABASE_URL", "DATABASE_URL", "GREENJOBS_APP", "FLASK_APP"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "path", path)
+    # Which other tests have loaded, and a new process has not.
+    monkeypatch.delitem(sys.modules, "greenjobs.contrib.flask", raising=False)
 
     def invoke(*arguments: str, database_url: str = "") -> tuple[int, str]:
         monkeypatch.setenv("GREENJOBS_DATABASE_URL", database_url)
@@ -85,6 +89,8 @@ def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
     yield invoke
     greenjobs.configure()
+    registry.clear()
+    registry.update(declared)
     for name in set(sys.modules) - modules:
         del sys.modules[name]
 

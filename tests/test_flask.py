@@ -446,6 +446,21 @@ def test_module_without_an_application_is_refused(folder: Path) -> None:
     assert "it is not clear in which" in output and "Traceback" not in output
 
 
+def test_module_that_only_asks_for_the_url_needs_no_application(tmp_path: Path, database_url: str) -> None:
+    code = """
+    from greenjobs import job
+    from greenjobs.contrib.flask import sqlalchemy_url
+
+    @job
+    def work(): ...
+
+    print(sqlalchemy_url(), flush=True)
+    """
+    processes.write_application(tmp_path, code)
+    output = processes.run("greenjobs", "run", "--until-empty", folder=tmp_path, database_url=database_url)
+    assert "postgresql+psycopg2://" in output
+
+
 def test_flask_greenjobs_run_works_in_a_fresh_interpreter(folder: Path, database_of_folder: running.Database) -> None:
     """Patched before anything was imported, as its jobs say."""
     flask_command(folder, "order")

@@ -253,6 +253,7 @@ def test_jobs_of_the_first_usage_snippet_are_run_or_wait_for_their_time(reader: 
         "Hello, Ann!",
         "Hello, Bob!",
         "You have an account, Ann!",
+        "Somebody tried, Ann!",
     }
     with databases.administration(str(reader.database_url)) as cursor:
         cursor.execute("SELECT data->>'subject' FROM background_jobs WHERE state = 'scheduled' ORDER BY run_at")

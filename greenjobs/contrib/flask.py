@@ -40,6 +40,7 @@ _JOIN = "GREENJOBS_JOIN_SESSION"
 # What `greenjobs run` has to know before it loads the application.
 _EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "log_level")
 
+_extensions: weakref.WeakSet[GreenJobs] = weakref.WeakSet()
 _equipped: weakref.WeakSet[Equipment] = weakref.WeakSet()
 
 
@@ -47,6 +48,7 @@ class GreenJobs:
     """The extension. It has no state of its own: what it makes of an application is there in `app.extensions`."""
 
     def __init__(self, app: Flask | None = None) -> None:
+        _extensions.add(self)
         if app is not None:
             self.init_app(app)
 
@@ -141,6 +143,8 @@ def _application_in(module: ModuleType, name: str) -> Any:
         equipped = list(_equipped)
         if len(equipped) == 1:  # a module of jobs, which imports the application
             return equipped[0]
+        if not equipped and not _extensions:  # something else of this module was wanted
+            return None
         raise ConfigError(
             f"app is {name!r}, and jobs are to run in a Flask application, but it is not clear in which: {error} "
             f"Name it, as in myapp:app or myapp:create_app()"
