@@ -32,6 +32,7 @@ from greenjobs.errors import (
     PayloadMismatch,
 )
 from greenjobs.pool import connect
+from greenjobs.progress import Progress
 from greenjobs.storage import Ended, Fence, NewJobs
 
 _PATIENCE = running.PATIENCE_SECONDS
@@ -101,7 +102,7 @@ def test_kept_job_moves_to_the_history_with_what_it_was_and_how_it_went(
     assert (found.data, found.priority, found.attempt, found.retries) == ({"number": 7}, 3, 1, 0)
     assert (found.crashes, found.errors, found.error) == (0, [], None)
     assert (found.has_result, found.result) == (False, None)
-    assert found.progress == {"done": 1}
+    assert found.progress == Progress(1)
     assert found.log == [{"message": "hi"}]
     assert found.run_seconds is not None and found.run_seconds >= 0.02
     assert found.waited_seconds is not None and found.waited_seconds >= 0

@@ -108,7 +108,8 @@ class Equipment:
 
     def check(self, handle: RunnerHandle) -> None:
         """Warn when jobs may wait for one another's connections to the database of the application."""
-        jobs = sum(worker.pool for worker in handle.workers.values())
+        share = handle.share
+        jobs = share.slots if share is not None else sum(worker.pool for worker in handle.workers.values())
         with self.app.app_context():
             db = session_extension()
             engines = dict(db.engines) if db is not None else {}

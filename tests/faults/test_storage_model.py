@@ -145,7 +145,7 @@ class Storage(RuleBasedStateMachine):
         data = ["{}"] * (len(keys) if keys else count)
         new = NewJobs(job_type, data, queue, priority, delay, unique_keys=keys)
         if exclusive is not None:
-            new = new._replace(exclusive_keys=[exclusive] * len(data))
+            new = new._replace(exclusive_key_of=lambda _: exclusive)
         enqueued = storage.enqueue(self.connections[which], [new])
         self._note_enqueued(self.rows, new, enqueued)
 
@@ -457,7 +457,7 @@ class Storage(RuleBasedStateMachine):
             else:
                 assert id not in rows
                 rows[id] = Row(id, new.job_type, new.queue, new.priority, state, key, is_due=not new.delay_seconds)
-                rows[id].exclusive = new.exclusive_keys[0] if new.exclusive_keys else None
+                (rows[id].exclusive,) = new.exclusive_keys(["{}"])
 
     def _claimable(
         self, queue: str, job_types: Iterable[str], *, suspects: bool = False, after: storage.ClaimCursor | None = None
