@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psycopg2 import extensions
 
+from greenjobs.storage.history import removal
 from greenjobs.storage.transaction import atomic
 
 if TYPE_CHECKING:
@@ -63,13 +64,14 @@ WHERE unique_key = ANY(%(keys)s::text[])
     AND state IN ('scheduled', 'available')
 """
 
-_REMOVE_UNWANTED = """
-DELETE FROM background_jobs
-WHERE id = ANY(%(ids)s)
-    AND cancel_asked_at IS NOT NULL
-    AND state IN ('scheduled', 'available')
-"""
-
+_REMOVE_UNWANTED = removal(
+    "cancelled",
+    """
+    WHERE job.id = ANY(%(ids)s)
+        AND job.cancel_asked_at IS NOT NULL
+        AND job.state IN ('scheduled', 'available')
+    """,
+)
 
 _DROP_KEYS_OF_EXPIRED = """
 UPDATE background_jobs

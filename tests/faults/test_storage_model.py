@@ -392,6 +392,8 @@ class Storage(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_open)
     @rule(keys=st.none() | st.lists(st.sampled_from(KEYS), min_size=1, max_size=2), queue=st.sampled_from(QUEUES))
     def begin_an_enqueue(self, keys: list[str] | None, queue: str) -> None:
+        if any(self._doomed(self.rows, key) for key in keys or ()):
+            return  # it would lock the rows that it removes
         self._begin()
         new = NewJobs("send", ["{}"] * (len(keys) if keys else 2), queue, unique_keys=keys)
         enqueued = storage.enqueue_inside(self.open_transaction, [new])
@@ -444,11 +446,19 @@ class Storage(RuleBasedStateMachine):
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
+    def _doomed(self, rows: dict[int, Row], key: str | None) -> list[int]:
+        """Jobs with this key that wait to be removed: who wants the key removes them."""
+        if key is None:
+            return []
+        return [row.id for row in rows.values() if row.key == key and row.cancel_asked and row.state in UNSTARTED]
+
     def _note_enqueued(self, rows: dict[int, Row], new: NewJobs, enqueued: Sequence[Enqueued]) -> None:
         state = "scheduled" if new.delay_seconds else "available"
         keys: Sequence[str | None] = new.unique_keys or [None] * len(new.data)
         assert len(enqueued) == len(new.data)
         for key, each in zip(keys, enqueued, strict=True):
+            for doomed in self._doomed(rows, key):
+                del rows[doomed]
             id, is_duplicate = each.id, each.is_duplicate
             first = [row.id for row in rows.values() if key is not None and row.key == key and row.state in UNSTARTED]
             assert is_duplicate == bool(first)
