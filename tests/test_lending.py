@@ -13,7 +13,6 @@ import pytest
 import running
 from gevent.event import Event
 from psycopg2 import errors, extras
-from waiting import eventually
 
 import greenjobs
 from greenjobs import config, job, waits
