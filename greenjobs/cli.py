@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import gevent
 
-from greenjobs import config, counts, inspection, migrate, pool
+from greenjobs import config, counts, inspection, logs, migrate, pool
 from greenjobs.cli_counts import counts_command, print_rates
 from greenjobs.cli_jobs import jobs_group
 from greenjobs.cli_options import configure, plain_errors, setting_options
@@ -74,6 +74,7 @@ main.add_command(schedules_group)
     "max_memory",
     "default_queue",
     "log_level",
+    "log_format",
 )
 @click.option(
     "--queue", "queues", multiple=True, metavar=_QUEUE_FORM.split(",")[0], help=f"{_QUEUE_FORM}; again for more."
@@ -89,7 +90,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
     --app names it. With --processes, --max-jobs, --max-memory or --reload, a supervisor keeps the processes at work.
     """
     with plain_errors():
-        settings = configure(arguments)
+        settings = configure(arguments, loads_application=True)
         line = Line.open(settings)
         if line is None and (reload or settings.needs_supervisor):
             raise ConfigError(
@@ -97,6 +98,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
                 "`greenjobs run`, or `python -m greenjobs run`, and `run` its first argument"
             )
         application, equipment = _load_application(settings.app)
+        logs.settle()
         if equipment is not None:
             equipment.adopt()
             settings = config.current()
@@ -244,7 +246,10 @@ def _load_application(name: str | None) -> tuple[Any, Equipment | None]:
         raise
     except Exception:
         # The application's own mistake: its traceback says where, and the status, that another try is of no use.
-        traceback.print_exc()
+        if logs.writes_json():
+            logger.critical("the application cannot be loaded", exc_info=True)
+        else:
+            traceback.print_exc()
         sys.exit(EXIT_MISTAKE)
 
 

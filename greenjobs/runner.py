@@ -20,7 +20,7 @@ import psycopg2
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
-from greenjobs import config, green, inspection, migrate, pool, storage, surroundings
+from greenjobs import config, green, inspection, logs, migrate, pool, storage, surroundings
 from greenjobs.acknowledger import Acknowledger
 from greenjobs.counting import Counting
 from greenjobs.current import Place
@@ -371,6 +371,7 @@ class RunnerHandle:
 
     def start(self) -> None:
         """Start; see Runner.start. One that was told to stop meanwhile starts, and stops in good order."""
+        logs.note_runner(self.name)
         try:
             with self._service.pool.connection() as connection:
                 migrate.require_current(connection)

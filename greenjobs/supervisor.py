@@ -31,13 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from greenjobs import config
+from greenjobs import config, logs
 from greenjobs.errors import ConfigError
 from greenjobs.version import __version__
 
 logger = logging.getLogger(__name__)
-
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 # What a person can mend ends with click's own status for a wrong command line.
 EXIT_MISTAKE = 2
@@ -62,7 +60,7 @@ _MANY_EARLY_DEATHS = 3
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
 _FILES_CHANGED = 0  # goes the way of the signals' numbers, and is none
 
-_OWN_OPTIONS = ("processes", "max_jobs", "max_memory", "log_level")
+_OWN_OPTIONS = ("processes", "max_jobs", "max_memory", "log_level", "log_format")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,7 @@ def supervise(order: Order) -> int:
 
     Call it in the main thread: on Linux a child is told when the thread ends that started it.
     """
-    logging.basicConfig(level=order.settings.log_level, format=LOG_FORMAT, stream=sys.stderr)
+    logs.set_up(order.settings)
     if order.reload:
         try:
             import watchfiles  # noqa: F401
