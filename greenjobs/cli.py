@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import itertools
 import json
 import logging
+import os
 import platform
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +25,12 @@ from greenjobs.cli_jobs import jobs_group
 from greenjobs.cli_options import configure, plain_errors, setting_options
 from greenjobs.cli_queues import print_changed_queues, queues_group
 from greenjobs.cli_schedules import schedules_group
+from greenjobs.contrib import metrics_number
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
 from greenjobs.loading import load_application
+from greenjobs.metrics_folder import NUMBER
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
 from greenjobs.supervisor import EXIT_MISTAKE
@@ -92,6 +97,8 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
     with plain_errors():
         settings = configure(arguments, loads_application=True)
         line = Line.open(settings)
+        if NUMBER in os.environ:  # before the application makes metrics
+            metrics_number.take()
         if line is None and (reload or settings.needs_supervisor):
             raise ConfigError(
                 "processes, max_jobs, max_memory and --reload need a supervisor, which is there when the command is "
@@ -125,13 +132,14 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
         handle = runner.prepare()
         # Before the start, in which jobs may begin: from then on a signal must not just end the process.
         _handle_signals(handle)
-        handle.start()
-        _banner(url, handle, jobs)
-        if equipment is not None:
-            equipment.check(handle)
-        if line is not None:
-            line.report_up(handle)
-        handle.wait_for_shutdown()
+        with _measured(handle, settings):
+            handle.start()
+            _banner(url, handle, jobs)
+            if equipment is not None:
+                equipment.check(handle)
+            if line is not None:
+                line.report_up(handle)
+            handle.wait_for_shutdown()
         logger.info("stopped")
         if handle.gave_up_jobs:
             sys.exit(EXIT_INTERRUPTED)
@@ -281,6 +289,22 @@ def _parse_queue(text: str) -> tuple[str, dict[str, Any]]:
             raise ConfigError(f"--queue is {text!r}; the form is {_QUEUE_FORM}")
         options[key] = part if key == "pool" else value
     return name, options
+
+
+@contextlib.contextmanager
+def _measured(handle: RunnerHandle, settings: config.Settings) -> Iterator[None]:
+    """Measure the runner where somebody may ask for it: over HTTP, or in a way of the application's own."""
+    is_asked_for = getattr(settings, "http", None) is not None or "greenjobs.contrib.prometheus" in sys.modules
+    if not is_asked_for or importlib.util.find_spec("prometheus_client") is None:
+        yield
+        return
+    from greenjobs.contrib import prometheus
+
+    watch = prometheus.watch(handle)
+    try:
+        yield
+    finally:
+        watch.stop()
 
 
 def _banner(url: str, handle: RunnerHandle, jobs: dict[str, Job[Any, Any]]) -> None:

@@ -33,6 +33,7 @@ from typing import Any
 
 from greenjobs import config, logs
 from greenjobs.errors import ConfigError
+from greenjobs.metrics_folder import MetricsFolder, free_number
 from greenjobs.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ class _Child:
     line: socket.socket
     slot: _Slot
     generation: int
+    number: int
+    """That of its metrics; one that starts when this one has ended may get it, too."""
     started_at: float
     is_up: bool = False
     is_leaving: bool = False
@@ -168,6 +171,7 @@ class Supervisor:
         self._folder = _working_folder()
         self._slots = [_Slot() for _ in range(order.settings.processes)]
         self._children: list[_Child] = []
+        self._metrics = MetricsFolder()
         self._generation = 0
         self._has_been_up = False
         self._looked_at = 0.0
@@ -184,7 +188,7 @@ class Supervisor:
     def run(self) -> int:
         """Work until all children have ended for good; returns the exit status."""
         logger.info("greenjobs %s, supervisor %s of %s processes", __version__, os.getpid(), len(self._slots))
-        with self._hearing_signals(), self._watching_files():
+        with contextlib.closing(self._metrics), self._hearing_signals(), self._watching_files():
             while not self._is_over():
                 self._start_what_is_due()
                 self._wait()
@@ -224,11 +228,13 @@ class Supervisor:
     def _start(self, slot: _Slot) -> _Child | None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
+        number = free_number({child.number for child in self._children})
+        told = {SUPERVISED: f"{os.getpid()}:{theirs.fileno()}", **self._metrics.environment(number)}
         try:
             process = subprocess.Popen(
                 self._command,
                 cwd=self._folder,
-                env={**os.environ, SUPERVISED: f"{os.getpid()}:{theirs.fileno()}"},
+                env={**os.environ, **told},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -238,7 +244,7 @@ class Supervisor:
             return None
         finally:
             theirs.close()
-        child = _Child(process, ours, slot, self._generation, time.monotonic())
+        child = _Child(process, ours, slot, self._generation, number, time.monotonic())
         self._children.append(child)
         self._selector.register(ours, selectors.EVENT_READ, child)
         logger.info("%s is starting", child, extra={"pid": process.pid})
@@ -338,6 +344,7 @@ class Supervisor:
             self._hang_up(child)
             child.line.close()
             self._children.remove(child)
+            self._metrics.forget(child.number, child.process.pid)
             self._note_end(child)
 
     def _note_end(self, child: _Child) -> None:

@@ -179,6 +179,11 @@ class Worker:
         return self._executor.running
 
     @property
+    def ready(self) -> int:
+        """How many jobs were claimed here and have not started."""
+        return self._executor.ready
+
+    @property
     def finished(self) -> int:
         """How many jobs have run to their end here, well or not."""
         return self._executor.finished
