@@ -15,7 +15,7 @@ from gevent.event import Event
 
 from greenjobs import storage
 from greenjobs.current import Attempt, Place
-from greenjobs.execution import Executor
+from greenjobs.execution import Executor, Meter
 from greenjobs.job import Job
 from greenjobs.storage import ClaimCursor, ClaimedJob
 from greenjobs.tally import Tally
@@ -192,6 +192,11 @@ class Worker:
     def tallies(self) -> Mapping[str, Tally]:
         """What ended here and how, by job type, for the runner to take and write."""
         return self._executor.tallies
+
+    @property
+    def meters(self) -> dict[str, Meter]:
+        """What measures the attempts, by job type: for all of them, or none."""
+        return self._executor.meters
 
     @property
     def is_idle(self) -> bool:

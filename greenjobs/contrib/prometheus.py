@@ -29,7 +29,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from greenjobs import events, inspection
 from greenjobs.errors import GreenjobsError
-from greenjobs.events import AttemptEnded, JobsEnqueued
+from greenjobs.events import JobsEnqueued, Outcome
 from greenjobs.metrics_folder import FOLDER
 from greenjobs.version import __version__
 
@@ -151,6 +151,19 @@ class _Series:
         self.started = 0
         """How many were counted as started so far: those that have ended and those that run."""
 
+    def meter(self, outcome: Outcome, run_seconds: float, waited_seconds: float) -> None:
+        """Measure one attempt."""
+        outcomes = self.outcomes
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        waited = self.waited
+        waited.counts[bisect_left(BUCKETS, waited_seconds)] += 1
+        waited.seconds += waited_seconds
+        if outcome != "expired":  # which has not run
+            self.ended += 1
+            run = self.run
+            run.counts[bisect_left(BUCKETS, run_seconds)] += 1
+            run.seconds += run_seconds
+
 
 class Watch:
     """The measuring of one runner. Made by `watch`."""
@@ -171,7 +184,8 @@ class Watch:
         for queue, worker in self.handle.workers.items():
             for job_type in worker.tallies:
                 self._metrics.show(job_type, queue)
-        events.subscribe(self._note_ended)
+                series = self._series[job_type, queue] = _Series()
+                worker.meters[job_type] = series.meter
         self.handle.on_outcomes_written.append(self._metrics.acknowledge_seconds.observe)
         self._greenlets = [gevent.spawn(self._beat_for_ever), gevent.spawn(self._refresh_for_ever)]
 
@@ -180,7 +194,8 @@ class Watch:
         import gevent
 
         gevent.killall(self._greenlets)
-        events.unsubscribe(self._note_ended)
+        for worker in self.handle.workers.values():
+            worker.meters.clear()
         self.handle.on_outcomes_written.remove(self._metrics.acknowledge_seconds.observe)
         self.flush()
         _watches.remove(self)
@@ -190,16 +205,14 @@ class Watch:
         """Hand on what only grows: counts and durations."""
         metrics = self._metrics
         running = self._count_running()
-        for key in running.keys() - self._series.keys():
-            self._series[key] = _Series()
         for key, series in self._series.items():
             outcomes, series.outcomes = series.outcomes, {}
             for outcome, count in outcomes.items():
                 metrics.ended.labels(*key, outcome).inc(count)
             series.run.add_to(metrics.run_seconds.labels(*key))
             series.waited.add_to(metrics.wait_seconds.labels(*key))
-            # An attempt that ends just now is among both for a moment; a counter that goes back looks like a restart.
             started = series.ended + running.get(key, 0)
+            # Never less: of those that run one may turn out to have expired.
             if started > series.started:
                 metrics.started.labels(*key).inc(started - series.started)
                 series.started = started
@@ -217,22 +230,6 @@ class Watch:
         counters = self._metrics.connection_waits, self._metrics.connections_given_up, self._metrics.connection_seconds
         for counter, new, old in zip(counters, now, before, strict=True):
             counter.labels(name).inc(max(new - old, 0))
-
-    def _note_ended(self, event: AttemptEnded) -> None:
-        key = (event.job_type, event.queue)
-        series = self._series.get(key)
-        if series is None:
-            series = self._series[key] = _Series()
-        outcome, outcomes = event.outcome, series.outcomes
-        outcomes[outcome] = outcomes.get(outcome, 0) + 1
-        waited = series.waited
-        waited.counts[bisect_left(BUCKETS, event.waited_seconds)] += 1
-        waited.seconds += event.waited_seconds
-        if outcome != "expired":  # which has not run
-            series.ended += 1
-            run = series.run
-            run.counts[bisect_left(BUCKETS, event.run_seconds)] += 1
-            run.seconds += event.run_seconds
 
     def _count_running(self) -> dict[tuple[str, str], int]:
         running: dict[tuple[str, str], int] = {}
@@ -299,7 +296,7 @@ class _RunnerMetrics:
         self._slots = self._gauge("greenjobs_slots", "How many jobs may run at a time", ["queue"])
         self._slots_in_use = self._gauge("greenjobs_slots_in_use", "How many jobs run", ["queue"])
         self._read_ahead = self._gauge("greenjobs_read_ahead", "Jobs that were claimed and have not started", ["queue"])
-        self._connections = self._gauge("greenjobs_connections", "The most connections that may be open", ["pool"])
+        self._connections = self._gauge("greenjobs_connections_limit", "The most connections that may be open", ["pool"])
         self._connections_in_use = self._gauge("greenjobs_connections_in_use", "Connections that are lent", ["pool"])
         self._info = self._gauge(
             "greenjobs_runner_info", "Runners by what they are", ["version", "python_version", "session"]
@@ -320,6 +317,7 @@ class _RunnerMetrics:
     def show(self, job_type: str, queue: str) -> None:
         """Let the series of this job be there from the beginning, with 0: the first increase is one only then."""
         _enqueued(job_type, queue)
+        self.loop_held.labels(job_type)
         self.started.labels(job_type, queue)
         self.run_seconds.labels(job_type, queue)
         self.wait_seconds.labels(job_type, queue)
