@@ -193,10 +193,9 @@ class Worker:
         """What ended here and how, by job type, for the runner to take and write."""
         return self._executor.tallies
 
-    @property
-    def meters(self) -> dict[str, Meter]:
-        """What measures the attempts, by job type: for all of them, or none."""
-        return self._executor.meters
+    def measure(self, meters: Mapping[str, Meter] | None) -> None:
+        """Have the attempts measured by these, which are by job type; None: by nobody."""
+        self._executor.meters = meters
 
     @property
     def is_idle(self) -> bool:

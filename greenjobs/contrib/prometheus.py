@@ -36,6 +36,7 @@ from greenjobs.version import __version__
 if TYPE_CHECKING:
     import gevent
 
+    from greenjobs.execution import Meter
     from greenjobs.inspection import QueueStatus
     from greenjobs.pool import ConnectionPool
     from greenjobs.runner import RunnerHandle
@@ -165,6 +166,20 @@ class _Series:
             run.seconds += run_seconds
 
 
+class _Meters(dict[str, "Meter"]):
+    """The meters of one queue by job type, made at first use: of every type in every queue there would be many."""
+
+    def __init__(self, series: dict[tuple[str, str], _Series], queue: str) -> None:
+        super().__init__()
+        self._series = series
+        self._queue = queue
+
+    def __missing__(self, job_type: str) -> Meter:
+        series = self._series.setdefault((job_type, self._queue), _Series())
+        meter = self[job_type] = series.meter
+        return meter
+
+
 class Watch:
     """The measuring of one runner. Made by `watch`."""
 
@@ -181,11 +196,11 @@ class Watch:
         """Listen, and hand on once a second what was measured."""
         import gevent
 
-        for queue, worker in self.handle.workers.items():
-            for job_type in worker.tallies:
+        for job_type, queue in self.handle.home_queues.items():
+            if queue in self.handle.workers:
                 self._metrics.show(job_type, queue)
-                series = self._series[job_type, queue] = _Series()
-                worker.meters[job_type] = series.meter
+        for queue, worker in self.handle.workers.items():
+            worker.measure(_Meters(self._series, queue))
         self.handle.on_outcomes_written.append(self._metrics.acknowledge_seconds.observe)
         self._greenlets = [gevent.spawn(self._beat_for_ever), gevent.spawn(self._refresh_for_ever)]
 
@@ -195,7 +210,7 @@ class Watch:
 
         gevent.killall(self._greenlets)
         for worker in self.handle.workers.values():
-            worker.meters.clear()
+            worker.measure(None)
         self.handle.on_outcomes_written.remove(self._metrics.acknowledge_seconds.observe)
         self.flush()
         _watches.remove(self)
@@ -205,12 +220,15 @@ class Watch:
         """Hand on what only grows: counts and durations."""
         metrics = self._metrics
         running = self._count_running()
+        for key in running.keys() - self._series.keys():
+            self._series[key] = _Series()
         for key, series in self._series.items():
             outcomes, series.outcomes = series.outcomes, {}
             for outcome, count in outcomes.items():
                 metrics.ended.labels(*key, outcome).inc(count)
-            series.run.add_to(metrics.run_seconds.labels(*key))
-            series.waited.add_to(metrics.wait_seconds.labels(*key))
+            if outcomes:
+                series.run.add_to(metrics.run_seconds.labels(*key))
+                series.waited.add_to(metrics.wait_seconds.labels(*key))
             started = series.ended + running.get(key, 0)
             # Never less: of those that run one may turn out to have expired.
             if started > series.started:
@@ -296,7 +314,9 @@ class _RunnerMetrics:
         self._slots = self._gauge("greenjobs_slots", "How many jobs may run at a time", ["queue"])
         self._slots_in_use = self._gauge("greenjobs_slots_in_use", "How many jobs run", ["queue"])
         self._read_ahead = self._gauge("greenjobs_read_ahead", "Jobs that were claimed and have not started", ["queue"])
-        self._connections = self._gauge("greenjobs_connections_limit", "The most connections that may be open", ["pool"])
+        self._connections = self._gauge(
+            "greenjobs_connections_limit", "The most connections that may be open", ["pool"]
+        )
         self._connections_in_use = self._gauge("greenjobs_connections_in_use", "Connections that are lent", ["pool"])
         self._info = self._gauge(
             "greenjobs_runner_info", "Runners by what they are", ["version", "python_version", "session"]
