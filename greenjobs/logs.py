@@ -30,6 +30,9 @@ JOB_KEYS = ("job_id", "job_type", "queue", "attempt", "runner")
 # In a format of somebody's own: what stands for a key that a line does not have.
 _NO_VALUE = "-"
 
+# What an `extra` may not take the place of.
+_OWN_KEYS = ("time", "level", "logger", "message", "exc", "stack")
+
 _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 # What a URL has between "user:" and the last "@" before its path. Whatever libraries log, passwords are not for logs.
@@ -158,7 +161,13 @@ def note_runner(name: str) -> None:
     add_job_keys()
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # it takes no type while it runs, before Python 3.11
+    _StreamHandler = logging.StreamHandler
+
+
+class _Handler(_StreamHandler):
     """Ours, to standard error."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
@@ -234,8 +243,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object in one line: time, level, logger, message; the keys of the job; whatever was given as `extra`;
     `exc`, the traceback, and `stack`.
 
-    It never raises: what JSON cannot carry is shown as text. An `extra` that is called as one of the first four is
-    extra_….
+    It never raises: what JSON cannot carry is shown as text. An `extra` that is called as one of these is extra_….
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -249,7 +257,7 @@ class JsonFormatter(logging.Formatter):
         given = {key: value for key, value in vars(record).items() if key not in _STANDARD}
         keys = {key: given.pop(key) for key in JOB_KEYS if key in given}
         for key, value in (*keys.items(), *given.items()):
-            line[f"extra_{key}" if key in line else str(key)] = _carried(value)
+            line[f"extra_{key}" if key in _OWN_KEYS else str(key)] = _carried(value)
         if record.exc_info and not record.exc_text:
             record.exc_text = _traceback_of(self, record)
         if record.exc_text:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """The variable that prometheus_client reads."""
@@ -36,7 +39,11 @@ class MetricsFolder:
             # The first metric of each process would fail without it.
             self._path.mkdir(parents=True, exist_ok=True)
         elif self._is_ours:
-            self._path = Path(tempfile.mkdtemp(prefix="greenjobs-metrics-"))
+            try:
+                self._path = Path(tempfile.mkdtemp(prefix="greenjobs-metrics-"))
+            except OSError as error:
+                self._is_ours = False
+                logger.warning("no folder for metrics (%s): each process has its own; %s can name one", error, FOLDER)
 
     def environment(self, number: int) -> Mapping[str, str]:
         """What is added to the environment of the process that has this number."""

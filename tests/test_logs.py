@@ -87,8 +87,9 @@ def test_keys_of_the_job_come_before_other_extras() -> None:
 
 
 def test_extra_that_is_called_as_a_part_of_the_line_is_kept_beside_it() -> None:
-    line = written(level_=1, time="noon", logger="mine")
+    line = written(time="noon", logger="mine", exc="none", error=raised())
     assert (line["logger"], line["extra_logger"], line["extra_time"]) == ("shop.cart", "mine", "noon")
+    assert (line["exc"][:9], line["extra_exc"]) == ("Traceback", "none")
 
 
 CIRCLE: list[Any] = []

@@ -358,6 +358,20 @@ def test_without_prometheus_client_there_is_no_folder(monkeypatch: pytest.Monkey
     made.close()
 
 
+def test_without_a_place_for_temporary_files_there_is_no_folder(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**_: Any) -> str:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.delenv(metrics_folder.FOLDER, raising=False)
+    monkeypatch.setattr(metrics_folder.tempfile, "mkdtemp", refuse)
+    made = metrics_folder.MetricsFolder()
+    assert made.environment(1) == {}
+    assert "no folder for metrics (no usable temporary directory)" in caplog.text
+    made.close()
+
+
 @pytest.mark.parametrize(("taken", "number"), [([], 1), ([1, 3], 2), ([2], 1), ([1, 2], 3)])
 def test_number_is_the_lowest_that_is_free(taken: list[int], number: int) -> None:
     assert metrics_folder.free_number(taken) == number
