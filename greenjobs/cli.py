@@ -22,7 +22,7 @@ import gevent
 from greenjobs import config, counts, grants, inspection, logs, migrate, pool
 from greenjobs.cli_counts import counts_command, print_rates
 from greenjobs.cli_jobs import jobs_group
-from greenjobs.cli_options import configure, plain_errors, setting_options
+from greenjobs.cli_options import configure, plain_errors, setting_options, show
 from greenjobs.cli_queues import print_changed_queues, queues_group
 from greenjobs.cli_schedules import schedules_group
 from greenjobs.contrib import metrics_number
@@ -347,4 +347,4 @@ def _handle_signals(handle: RunnerHandle) -> None:
     # The terminal was closed, or the supervisor killed; nohup makes it ignored, and so it stays.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         gevent.signal_handler(signal.SIGHUP, lambda: handle.shutdown(urgency=1))
-    gevent.signal_handler(signal.SIGQUIT, lambda: click.echo(handle.stacks(), err=True))
+    gevent.signal_handler(signal.SIGQUIT, lambda: show(handle.stacks()))

@@ -59,3 +59,11 @@ def _complain(message: str) -> NoReturn:
     else:
         click.echo(f"greenjobs: {message}", err=True)
     sys.exit(EXIT_MISTAKE)
+
+
+def show(text: str) -> None:
+    """Print a text that somebody asked for to standard error: where lines are JSON, as one of them."""
+    if logs.writes_json():
+        logger.info("%s", text)
+    else:
+        click.echo(text, err=True)

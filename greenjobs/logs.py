@@ -1,8 +1,7 @@
 """How lines are logged: plain for people, JSON for programs, each with the keys of the job in which it was logged.
 
-The command line sets logging up where nobody has. While an application is loaded, which may have a set-up of its own
-(`logging.basicConfig`, `dictConfig`), lines go to a handler that stands behind all others; if there are still none
-afterwards, it becomes that of the root. Where an application has its own, it gets no handler and no formatter of ours.
+The command line sets logging up where nobody has. An application that is loaded may have a set-up of its own, by
+`logging.basicConfig`, `dictConfig`, or a handler of the root: ours makes way for it.
 
 The keys of a job are added by a filter on handlers, in the greenlet or thread that logs: `extra=` of a call may not
 name what a record has already, so a factory of records would break calls that do. Nothing here needs gevent.
@@ -29,6 +28,9 @@ JOB_KEYS = ("job_id", "job_type", "queue", "attempt", "runner")
 
 # In a format of somebody's own: what stands for a key that a line does not have.
 _NO_VALUE = "-"
+
+# The arguments of basicConfig that say nothing of what lines look like, and where they go.
+_SAY_NO_FORMAT = {"level", "force", "encoding", "errors"}
 
 # What an `extra` may not take the place of.
 _OWN_KEYS = ("time", "level", "logger", "message", "exc", "stack")
@@ -117,21 +119,21 @@ def set_up(settings: Settings, *, loads_application: bool = False) -> None:
     root = logging.getLogger()
     if not root.handlers:
         root.setLevel(settings.log_level)
-        handler = make_handler(settings.log_format)
+        root.addHandler(make_handler(settings.log_format))
+        if settings.log_format == "json":
+            logging.captureWarnings(True)  # which are printed otherwise, among the lines of JSON
         if loads_application:
-            logging.lastResort = handler
-        else:
-            root.addHandler(handler)
+            logging.basicConfig = _basic_config
     add_job_keys()
 
 
 def settle() -> None:
     """The application is loaded: what it has not set up is ours from now on."""
-    root, ours = logging.getLogger(), logging.lastResort
-    if isinstance(ours, _Handler) and all(_says_nothing(handler) for handler in root.handlers):
-        for logger in _loggers():
-            _drop_handler_of_flask(logger)
-        root.handlers[:] = [ours]
+    logging.basicConfig = _logging_basic_config
+    root = logging.getLogger()
+    if any(not isinstance(handler, _Handler) for handler in root.handlers):
+        for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
+            root.removeHandler(handler)
     for logger in _loggers():
         # A dictConfig silences all loggers that it does not name, unless it says disable_existing_loggers: False. To
         # silence ours there is the level.
@@ -140,18 +142,21 @@ def settle() -> None:
     add_job_keys()
 
 
-def _says_nothing(handler: logging.Handler) -> bool:
-    """Whether it is what `logging.info(…)` makes where there is no handler, and basicConfig when it is told no more
-    than a level."""
-    format = getattr(getattr(handler.formatter, "_style", None), "_fmt", None)
-    return type(handler) is logging.StreamHandler and handler.stream is sys.stderr and format == logging.BASIC_FORMAT
+_logging_basic_config = logging.basicConfig
 
 
-def _drop_handler_of_flask(logger: logging.Logger) -> None:
-    """Flask adds a handler of its own to `app.logger` when it sees none, and it could not see ours."""
-    of_flask = getattr(sys.modules.get("flask.logging"), "default_handler", None)
-    if of_flask is not None:
-        logger.removeHandler(of_flask)
+def _basic_config(**arguments: Any) -> None:
+    """As logging's own, which does nothing where the root has a handler; ours is none to an application.
+
+    Where it names neither a format nor where to write, the level is all that it says.
+    """
+    root = logging.getLogger()
+    ours = [handler for handler in root.handlers if isinstance(handler, _Handler)]
+    for handler in ours:
+        root.removeHandler(handler)
+    _logging_basic_config(**arguments)
+    if ours and not arguments.keys() - _SAY_NO_FORMAT:
+        root.handlers[:] = ours
 
 
 def note_runner(name: str) -> None:
@@ -183,11 +188,7 @@ def make_handler(log_format: str) -> logging.Handler:
 
 def writes_json() -> bool:
     """Whether it is our handler that writes, and writes JSON."""
-    return any(isinstance(each.formatter, JsonFormatter) for each in (*logging.getLogger().handlers, _last_resort()))
-
-
-def _last_resort() -> logging.Handler:
-    return logging.lastResort or logging.NullHandler()
+    return any(isinstance(each.formatter, JsonFormatter) for each in logging.getLogger().handlers)
 
 
 def has_colours(stream: TextIO) -> bool:

@@ -10,6 +10,7 @@ import logging.config
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -432,7 +433,9 @@ def json_lines(output: str) -> list[dict[str, Any]]:
 
 
 def test_every_line_of_a_runner_is_json_when_it_is_told_so(printed: Any) -> None:
-    lines = json_lines(printed("", "--log-format", "json"))
+    lines = json_lines(printed("import warnings; warnings.warn('of Python')", "--log-format", "json"))
+    (warning,) = [line for line in lines if line["logger"] == "py.warnings"]
+    assert "UserWarning: of Python" in warning["message"]
     (failure,) = [line for line in lines if "exc" in line]
     assert failure["exc"].endswith("ValueError: no")
     assert (failure["job_type"], failure["queue"], failure["attempt"]) == ("fail", "emails", 1)
@@ -474,9 +477,30 @@ def test_basic_config_without_a_format_sets_the_level(printed: Any) -> None:
     assert [line["level"] for line in lines] == ["ERROR"]
 
 
+def test_handler_that_the_application_gives_the_root_is_respected(printed: Any) -> None:
+    output = printed("logging.getLogger().addHandler(logging.StreamHandler(sys.stdout))")
+    assert output.count("in the job") == 1
+    assert re.search("^in the job$", output, re.MULTILINE)
+
+
+def test_line_of_a_library_while_loading_is_seen(printed: Any) -> None:
+    """Many have a handler that does nothing."""
+    set_up = "lib = logging.getLogger('lib'); lib.addHandler(logging.NullHandler()); lib.warning('of a library')"
+    assert "WARNING lib: of a library" in printed(set_up)
+
+
+def test_basic_config_is_logging_s_own_again_afterwards(tmp_path: Path) -> None:
+    code = (
+        "import logging; from greenjobs import config, logs; own = logging.basicConfig;"
+        "logs.set_up(config.load(), loads_application=True); logs.settle(); print(logging.basicConfig is own)"
+    )
+    assert processes.run("python", "-c", code, folder=tmp_path).strip() == "True"
+
+
 def test_line_of_the_root_logger_while_loading_does_not_decide_the_format(printed: Any) -> None:
     """`logging.warning(…)` makes a handler where there is none."""
     output = printed("logging.warning('in passing')")
+    assert "WARNING root: in passing" in output
     assert re.search(r"^\d{4}.* INFO    greenjobs\.cli: stopped$", output, re.MULTILINE)
 
 
@@ -507,6 +531,26 @@ def test_application_that_cannot_be_loaded_is_said_in_json(tmp_path: Path) -> No
     output = processes.run("greenjobs", "run", "--log-format", "json", folder=tmp_path, status=2)
     (line,) = json_lines(output)
     assert line["exc"].endswith("ZeroDivisionError: division by zero")
+
+
+def test_stacks_that_somebody_asks_for_are_json_too(database: running.Database, tmp_path: Path) -> None:
+    code = """
+        import time
+        from greenjobs import job
+
+        @job
+        def work():
+            print("working", flush=True)
+            time.sleep(600)
+    """
+    processes.write_application(tmp_path, code)
+    processes.run("python", "-c", "import app; app.work.delay()", folder=tmp_path, database_url=database.url)
+    command = ("greenjobs", "run", "--log-format", "json")
+    with processes.start(*command, folder=tmp_path, database_url=database.url) as runner:
+        runner.wait_for_line("^working$")
+        runner.send(signal.SIGQUIT)
+        said = runner.wait_for_line(r'^\{.*"message": "[^"]* runs 1 jobs.*\}$')[0]
+    assert "time.sleep(600)" in json.loads(said)["message"]
 
 
 def test_supervisor_and_its_processes_write_json(waiting_url: str, server_url: str, tmp_path: Path) -> None:

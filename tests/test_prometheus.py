@@ -349,6 +349,27 @@ def test_folder_of_somebody_else_is_respected(tmp_path: Path, monkeypatch: pytes
     assert sorted(each.name for each in theirs.iterdir()) == ["counter_17.db", "gauge_all_17.db", "gauge_livesum_1.db"]
 
 
+def test_folder_that_a_killed_supervisor_left_behind_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(metrics_folder.FOLDER, raising=False)
+    monkeypatch.setattr(metrics_folder.tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, signal; from greenjobs.metrics_folder import MetricsFolder; folder = MetricsFolder();"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    processes.run("python", "-c", code, folder=tmp_path, environment={"TMPDIR": str(tmp_path)}, status=-signal.SIGKILL)
+    (left,) = tmp_path.glob("greenjobs-metrics-*")
+    (tmp_path / "greenjobs-metrics-of-something-else").mkdir()
+    first, second = metrics_folder.MetricsFolder(), metrics_folder.MetricsFolder()
+    assert not left.exists()
+    assert first._path is not None
+    assert first._path.exists()
+    first.close()
+    second.close()
+    assert [each.name for each in tmp_path.glob("greenjobs-metrics-*")] == ["greenjobs-metrics-of-something-else"]
+
+
 def test_without_prometheus_client_there_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(metrics_folder.FOLDER, raising=False)
     monkeypatch.setattr(metrics_folder.importlib.util, "find_spec", lambda name: None)
