@@ -222,7 +222,7 @@ class Watch:
         running = self._count_running()
         for key in running.keys() - self._series.keys():
             self._series[key] = _Series()
-        for key, series in self._series.items():
+        for key, series in list(self._series.items()):
             outcomes, series.outcomes = series.outcomes, {}
             for outcome, count in outcomes.items():
                 metrics.ended.labels(*key, outcome).inc(count)
