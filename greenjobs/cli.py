@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import gevent
 
-from greenjobs import config, counts, inspection, migrate, pool
+from greenjobs import config, counts, health, inspection, migrate, pool
 from greenjobs.cli_counts import counts_command, print_rates
+from greenjobs.cli_health import health_command
 from greenjobs.cli_jobs import jobs_group
 from greenjobs.cli_options import configure, plain_errors, setting_options
 from greenjobs.cli_queues import print_changed_queues, queues_group
@@ -29,6 +30,7 @@ from greenjobs.loading import load_application
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
 from greenjobs.supervisor import EXIT_MISTAKE
+from greenjobs.systemd import Notifier
 from greenjobs.version import __version__
 from greenjobs.worker import Worker
 
@@ -50,6 +52,7 @@ def main() -> None:
 
 
 main.add_command(counts_command)
+main.add_command(health_command)
 main.add_command(jobs_group)
 main.add_command(queues_group)
 main.add_command(schedules_group)
@@ -72,6 +75,7 @@ main.add_command(schedules_group)
     "processes",
     "max_jobs",
     "max_memory",
+    "http",
     "default_queue",
     "log_level",
 )
@@ -91,6 +95,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
     with plain_errors():
         settings = configure(arguments)
         line = Line.open(settings)
+        notifier = Notifier.taken()
         if line is None and (reload or settings.needs_supervisor):
             raise ConfigError(
                 "processes, max_jobs, max_memory and --reload need a supervisor, which is there when the command is "
@@ -121,15 +126,17 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
         if line is not None:
             line.begin(settings)
         handle = runner.prepare()
-        # Before the start, in which jobs may begin: from then on a signal must not just end the process.
-        _handle_signals(handle)
-        handle.start()
-        _banner(url, handle, jobs)
-        if equipment is not None:
-            equipment.check(handle)
-        if line is not None:
-            line.report_up(handle)
-        handle.wait_for_shutdown()
+        with health.serving(handle, settings.http if line is None else line.http):
+            # Before the start, in which jobs may begin: from then on a signal must not just end the process.
+            _handle_signals(handle)
+            handle.start()
+            _banner(url, handle, jobs)
+            if equipment is not None:
+                equipment.check(handle)
+            if line is not None:
+                line.report_up(handle)
+            health.tell_systemd(handle, notifier, grace=settings.grace)
+            handle.wait_for_shutdown()
         logger.info("stopped")
         if handle.gave_up_jobs:
             sys.exit(EXIT_INTERRUPTED)
