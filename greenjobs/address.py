@@ -25,9 +25,7 @@ ALLOWED = (
     "ports are from 0, which is any that is free, to 65535"
 )
 
-_HOST_AND_PORT = re.compile(
-    r"(?:(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:/\[\]]+))?:)?(?P<port>\d{1,5})", re.ASCII
-)
+_HOST_AND_PORT = re.compile(r"(?:(?:\[(?P<v6>[\w:.%]+)\]|(?P<host>[^\s:/\[\]]+))?:)?(?P<port>\d{1,5})", re.ASCII)
 
 # sun_path has 108 bytes on Linux and 104 elsewhere, with the zero at its end.
 _LONGEST_PATH = 103

@@ -126,10 +126,12 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
         if line is not None:
             line.begin(settings)
         handle = runner.prepare()
-        with health.serving(handle, settings.http if line is None else line.http):
+        with health.serving(handle, settings.http if line is None else line.http) as server:
             # Before the start, in which jobs may begin: from then on a signal must not just end the process.
             _handle_signals(handle)
             handle.start()
+            if server is not None and line is None:
+                logger.info("http: %s", server.address)
             _banner(url, handle, jobs)
             if equipment is not None:
                 equipment.check(handle)

@@ -1,4 +1,4 @@
-"""`greenjobs health`: ask a runner how it is, where there is neither curl nor a probe of HTTP, as in most containers."""
+"""`greenjobs health`: ask a runner how it is, where there is no curl, as in most containers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def health_command(question: str, timeout: float, **arguments: str | None) -> No
         settings = configure(arguments)
         if settings.http is None:
             raise ConfigError(
-                "it is not known where the runner answers: say it with --http, or GREENJOBS_HTTP, as the runner was told"
+                "it is not known where the runner answers: say it with --http or GREENJOBS_HTTP, as the runner was told"
             )
         address = Address.parse(settings.http)
         if address.path is None and address.port == 0:

@@ -68,7 +68,6 @@ def serving(handle: RunnerHandle, address: str | None) -> Iterator[Server | None
             "/jobs": lambda request: jobs(handle, request),
         },
     )
-    logger.info("http: %s", server.address)
     if not place.is_local:
         warn_of_openness(server.address)
     try:
@@ -130,8 +129,8 @@ def live(handle: RunnerHandle, pulse: Pulse) -> Answer:
 class Readiness:
     """Whether a runner claims jobs, and could finish them.
 
-    There is one question to the database at a time. It runs in a greenlet of its own, to its end: whoever asks waits for
-    it a while, and does not pile another one upon it.
+    There is one question to the database at a time. It runs in a greenlet of its own, to its end: whoever asks waits
+    for it a while, and does not pile another one upon it.
     """
 
     def __init__(self, handle: RunnerHandle) -> None:

@@ -1,4 +1,4 @@
-"""A small HTTP server for looking, not for touching: GET and HEAD of a handful of paths, and nothing that changes anything.
+"""A small HTTP server for looking, not for touching: GET and HEAD of a handful of paths, which change nothing.
 
 It is what a runner and a supervisor answer probes with. In a process that gevent has patched its threads are greenlets;
 in a supervisor, which is light, they are threads. It holds a bounded number of connections: whoever comes when there
@@ -169,8 +169,6 @@ class _Handler(BaseHTTPRequestHandler):
     """One request. HTTP/1.0: the connection ends with the answer, which nobody has to be counted for any longer."""
 
     timeout = _CLIENT_SECONDS
-    server_version = "greenjobs"
-    sys_version = ""
     error_message_format = "%(message)s\n"
     error_content_type = "text/plain; charset=utf-8"
     server: Server  # type: ignore[assignment]
@@ -224,6 +222,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if with_body:
             self.wfile.write(answer.body)
+
+    def version_string(self) -> str:
+        """Who answers; not which Python."""
+        return "greenjobs"
 
     def address_string(self) -> str:
         """Who asks, for the log."""

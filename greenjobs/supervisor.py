@@ -384,7 +384,7 @@ class Supervisor:
             child.line.close()
             self._children.remove(child)
             if self._front is not None and child.address is not None:
-                self._front.forget(child.address)
+                self._front.forget(child.process.pid, child.address)
             self._note_end(child)
 
     def _note_end(self, child: _Child) -> None:

@@ -78,6 +78,8 @@ class Front:
         self._look = look
         self._count = 0
         self._folder, self._lock = _make_folder()
+        self._metrics_folder = Path(os.environ.get(METRICS_FOLDER) or self._folder / "metrics")
+        self._metrics_folder.mkdir(exist_ok=True, parents=True)
         try:
             routes = {"/livez": self._live, "/readyz": self._ready, "/metrics": self._metrics, "/jobs": self._jobs}
             self._server = Server(address, routes)
@@ -90,21 +92,18 @@ class Front:
 
     def common_environment(self) -> dict[str, str]:
         """What the environment of every child has to have, so that the metrics of all are kept together."""
-        if METRICS_FOLDER in os.environ:
-            return {}
-        metrics = self._folder / "metrics"
-        metrics.mkdir(exist_ok=True)
-        return {METRICS_FOLDER: str(metrics)}
+        return {METRICS_FOLDER: str(self._metrics_folder)}
 
     def next_address(self) -> Address:
         """Where the next child is to answer."""
         self._count += 1
         return Address(path=str(self._folder / str(self._count)))
 
-    def forget(self, address: Address) -> None:
-        """A child has ended, in whatever way: its socket is of no use any more."""
-        with contextlib.suppress(OSError):
-            os.unlink(str(address.path))
+    def forget(self, pid: int, address: Address) -> None:
+        """A child has ended, in whatever way: its socket goes, and the gauges of its metrics that are of the living."""
+        for file in (Path(str(address.path)), *self._metrics_folder.glob(f"gauge_live*_{pid}.db")):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def close(self) -> None:
         """Answer no more."""
@@ -143,7 +142,7 @@ class Front:
                 at_work += is_ready
                 reasons += [f"process {process.pid}: {reason}" for reason in _reasons(process, status, told)]
         missing = picture.places - sum(process.at_work for process in picture.processes)
-        if missing:
+        if missing > 0:
             reasons.append(f"{missing} of {picture.places} processes are to be started")
         document = {"ready": not reasons, "supervisor": os.getpid(), "reasons": reasons, "processes": rows}
         return Answer.of(document, _UNAVAILABLE if reasons else 200)
