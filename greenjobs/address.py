@@ -21,14 +21,17 @@ from greenjobs.errors import ConfigError
 LOOPBACK = "127.0.0.1"
 
 ALLOWED = (
-    '"HOST:PORT", "[IPv6]:PORT", a port alone, which is one of 127.0.0.1, or "unix:" and the absolute path of a socket; '
-    "ports are from 0, which is any that is free, to 65535"
+    '"HOST:PORT", "[IPv6]:PORT", a port alone, which is one of 127.0.0.1, or "unix:" and an absolute path; '
+    "ports are from 0, which is any free one, to 65535"
 )
 
-_HOST_AND_PORT = re.compile(r"(?:(?:\[(?P<v6>[\w:.%]+)\]|(?P<host>[^\s:/\[\]]+))?:)?(?P<port>\d{1,5})", re.ASCII)
+_HOST_AND_PORT = re.compile(
+    r"(?:(?:\[(?P<v6>[\w:.%]+)\]|(?P<host>[^\s:/\[\]]+))?:)?(?P<port>\d{1,5})",
+    re.ASCII,
+)
 
 # sun_path has 108 bytes on Linux and 104 elsewhere, with the zero at its end.
-_LONGEST_PATH = 103
+LONGEST_PATH = 103
 
 # Whoever wants to be served finds room here while earlier ones are.
 _BACKLOG = 64
@@ -49,7 +52,7 @@ class Address:
             path = text.removeprefix("unix:")
             if not os.path.isabs(path) or path.endswith("/") or not path.isprintable():
                 raise ValueError
-            if len(os.fsencode(path)) > _LONGEST_PATH:
+            if len(os.fsencode(path)) > LONGEST_PATH:
                 raise ValueError
             return cls(path=path)
         match = _HOST_AND_PORT.fullmatch(text)
@@ -69,20 +72,24 @@ class Address:
         """Whether only this machine can reach it: a Unix socket, or a name or number of the loopback."""
         return self.path is not None or is_loopback(self.host)
 
+    @property
+    def host_to_ask(self) -> str:
+        """The host by which it is found from here: who listens everywhere listens here, too."""
+        return {"0.0.0.0": LOOPBACK, "::": "::1"}.get(self.host, self.host)
+
     def listen(self) -> socket.socket:
         """A socket that listens here; raises ConfigError when that cannot be."""
         try:
             return self._listen_at_path(self.path) if self.path is not None else self._listen_at_port()
         except OSError as error:
-            message = f"http is {self}: cannot listen there: {error.strerror or error}{_way_out(error)}"
+            why = str(error.strerror or error).partition(" (while ")[0]  # which repeats the address
+            message = f"http is {self}: cannot listen there: {why}{_way_out(error)}"
         raise ConfigError(message)
 
     def connect(self, timeout: float) -> socket.socket:
         """A connection to whoever listens here; waits `timeout` seconds at most, and raises OSError."""
         if self.path is None:
-            # Who listens everywhere is found here.
-            host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(self.host, self.host)
-            return socket.create_connection((host, self.port), timeout)
+            return socket.create_connection((self.host_to_ask, self.port), timeout)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(timeout)

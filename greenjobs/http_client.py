@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import http.client
 
-from greenjobs.address import Address
+from greenjobs.address import Address, is_loopback
 
 
 class _Connection(http.client.HTTPConnection):
     def __init__(self, address: Address, timeout: float) -> None:
-        # Whoever listens, it is on this machine or was meant; the name says that no foreign page sent us.
-        super().__init__("localhost" if address.is_local or address.path else address.host, timeout=timeout)
+        host = "localhost" if address.path is not None or is_loopback(address.host_to_ask) else address.host
+        super().__init__(host, timeout=timeout)
         self._address = address
         self._seconds = timeout
 

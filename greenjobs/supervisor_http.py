@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from greenjobs.address import Address
+from greenjobs.address import LONGEST_PATH, Address
+from greenjobs.errors import ConfigError
 from greenjobs.http_client import fetch
 from greenjobs.http_server import NOT_FROM_AFAR, Answer, Request, Server, warn_of_openness
 
@@ -41,6 +42,9 @@ CHILD_SECONDS = 2.0
 _MOST_AT_A_TIME = 16
 
 _UNAVAILABLE = 503
+
+# The path of a socket has to be short; the rest of it are the folder's name and a number.
+_LONGEST_PARENT = LONGEST_PATH - len("/greenjobs-12345678/1234567890")
 
 _PREFIX = "greenjobs-"
 _LOCK = "lock"
@@ -79,16 +83,17 @@ class Front:
         self._count = 0
         self._folder, self._lock = _make_folder()
         self._metrics_folder = Path(os.environ.get(METRICS_FOLDER) or self._folder / "metrics")
-        self._metrics_folder.mkdir(exist_ok=True, parents=True)
         try:
+            _make_metrics_folder(self._metrics_folder)
             routes = {"/livez": self._live, "/readyz": self._ready, "/metrics": self._metrics, "/jobs": self._jobs}
             self._server = Server(address, routes)
         except BaseException:
             self._remove_folder()
             raise
-        logger.info("http: %s", self._server.address)
+        self.address = self._server.address
+        logger.info("http: %s", self.address)
         if not address.is_local:
-            warn_of_openness(self._server.address)
+            warn_of_openness(self.address)
 
     def common_environment(self) -> dict[str, str]:
         """What the environment of every child has to have, so that the metrics of all are kept together."""
@@ -215,8 +220,7 @@ def _reasons(process: ProcessState, status: int | None, told: dict[str, Any]) ->
 def _make_folder() -> tuple[Path, int]:
     """A folder for this user alone, and the descriptor of a lock in it, which says that its supervisor lives."""
     parent = Path(tempfile.gettempdir())
-    # The path of a socket has to be short.
-    if len(str(parent)) > 60:
+    if len(os.fsencode(parent)) > _LONGEST_PARENT:
         parent = Path("/tmp")
     _remove_stale(parent)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
@@ -225,6 +229,13 @@ def _make_folder() -> tuple[Path, int]:
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.rename(folder / "new", folder / _LOCK)
     return folder, lock
+
+
+def _make_metrics_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True, parents=True)
+    except OSError as error:
+        raise ConfigError(f"{METRICS_FOLDER} is {folder}, and cannot be made: {error.strerror}") from error
 
 
 def _remove_stale(parent: Path) -> None:
