@@ -27,7 +27,7 @@ from greenjobs import migrate
 from greenjobs.address import Address
 from greenjobs.errors import GreenjobsError
 from greenjobs.http_server import NOT_FROM_AFAR, Answer, Request, Server, warn_of_openness
-from greenjobs.inspection_health import DatabaseState, database_state
+from greenjobs.inspection import DatabaseState, database_state
 
 if TYPE_CHECKING:
     from greenjobs.current import Attempt

@@ -263,7 +263,7 @@ class Supervisor:
         address = None
         if self._front is not None:
             address = self._front.next_address()
-            environment |= {SUPERVISED_HTTP: str(address), **self._front.common_environment()}
+            environment[SUPERVISED_HTTP] = str(address)
         try:
             process = subprocess.Popen(
                 self._command,
@@ -384,7 +384,7 @@ class Supervisor:
             child.line.close()
             self._children.remove(child)
             if self._front is not None and child.address is not None:
-                self._front.forget(child.process.pid, child.address)
+                self._front.forget(child.address)
             self._note_end(child)
 
     def _note_end(self, child: _Child) -> None:

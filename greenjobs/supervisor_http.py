@@ -9,7 +9,7 @@ loop, so that an answer shows that this turns.
 - /readyz: when each of the processes that there are to be claims jobs. Successors that start, and processes that finish
   what they run, do not count.
 - /jobs: those of all of them, with the process.
-- /metrics: those of one process, which are those of all: prometheus_client keeps them in files in a common folder.
+- /metrics: those of one process, which are those of all: they keep them in files, in a folder that they have in common.
 """
 
 from __future__ import annotations
@@ -28,14 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from greenjobs.address import LONGEST_PATH, Address
-from greenjobs.errors import ConfigError
 from greenjobs.http_client import fetch
 from greenjobs.http_server import NOT_FROM_AFAR, Answer, Request, Server, warn_of_openness
 
 logger = logging.getLogger(__name__)
-
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""The environment variable by which prometheus_client finds the folder that processes have in common."""
 
 # A process that takes longer than that is not well: its event loop is held. Less than probes are told to wait.
 CHILD_SECONDS = 2.0
@@ -82,9 +78,7 @@ class Front:
         self._look = look
         self._count = 0
         self._folder, self._lock = _make_folder()
-        self._metrics_folder = Path(os.environ.get(METRICS_FOLDER) or self._folder / "metrics")
         try:
-            _make_metrics_folder(self._metrics_folder)
             routes = {"/livez": self._live, "/readyz": self._ready, "/metrics": self._metrics, "/jobs": self._jobs}
             self._server = Server(address, routes)
         except BaseException:
@@ -95,20 +89,15 @@ class Front:
         if not address.is_local:
             warn_of_openness(self.address)
 
-    def common_environment(self) -> dict[str, str]:
-        """What the environment of every child has to have, so that the metrics of all are kept together."""
-        return {METRICS_FOLDER: str(self._metrics_folder)}
-
     def next_address(self) -> Address:
         """Where the next child is to answer."""
         self._count += 1
         return Address(path=str(self._folder / str(self._count)))
 
-    def forget(self, pid: int, address: Address) -> None:
-        """A child has ended, in whatever way: its socket goes, and the gauges of its metrics that are of the living."""
-        for file in (Path(str(address.path)), *self._metrics_folder.glob(f"gauge_live*_{pid}.db")):
-            with contextlib.suppress(OSError):
-                file.unlink()
+    def forget(self, address: Address) -> None:
+        """A child has ended, in whatever way: its socket is of no use any more."""
+        with contextlib.suppress(OSError):
+            os.unlink(str(address.path))
 
     def close(self) -> None:
         """Answer no more."""
@@ -229,13 +218,6 @@ def _make_folder() -> tuple[Path, int]:
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.rename(folder / "new", folder / _LOCK)
     return folder, lock
-
-
-def _make_metrics_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True, parents=True)
-    except OSError as error:
-        raise ConfigError(f"{METRICS_FOLDER} is {folder}, and cannot be made: {error.strerror}") from error
 
 
 def _remove_stale(parent: Path) -> None:
