@@ -37,12 +37,15 @@ logger = logging.getLogger(__name__)
 CHILD_SECONDS = 2.0
 _MOST_AT_A_TIME = 16
 
+# While processes are replaced, how they stand may have changed before the last has answered.
+_MOST_LOOKS = 5
+
 _UNAVAILABLE = 503
 
 # The path of a socket has to be short; the rest of it are the folder's name and a number.
-_LONGEST_PARENT = LONGEST_PATH - len("/greenjobs-12345678/1234567890")
+_LONGEST_PARENT = LONGEST_PATH - len("/greenjobs-http-12345678/1234567890")
 
-_PREFIX = "greenjobs-"
+_PREFIX = "greenjobs-http-"
 _LOCK = "lock"
 
 
@@ -66,9 +69,18 @@ class Picture:
     is_stopping: bool
     processes: Sequence[ProcessState]
 
+    @property
+    def at_work(self) -> set[int]:
+        """The ids of those that fill a place."""
+        return {process.pid for process in self.processes if process.at_work}
+
 
 Look = Callable[[], Picture | None]
 """Asks the loop of the supervisor; None when it does not answer."""
+
+
+_Told = tuple[ProcessState, int | None, dict[str, Any]]
+"""What a process answers: status and document; None and {} of one that does not."""
 
 
 class Front:
@@ -124,22 +136,37 @@ class Front:
         return Answer.of(document, _UNAVAILABLE if reasons else 200)
 
     def _ready(self, request: Request) -> Answer:
-        picture = self._look()
+        picture, answers = self._ask_about_readiness()
         if picture is None:
             return Answer.of({"ready": False, "reasons": ["the supervisor does not answer"]}, _UNAVAILABLE)
-        rows, at_work = [], 0
+        rows = []
         reasons = ["it is draining: it was told to stop"] if picture.is_stopping else []
-        for process, status, told in _ask("/readyz", picture.processes):
-            is_ready = status == 200
-            rows.append(_row(process, ready=is_ready, reasons=_reasons(process, status, told)))
+        for process, status, told in answers:
+            own_reasons = _reasons(process, status, told)
+            rows.append(_row(process, ready=status == 200, reasons=own_reasons))
             if process.at_work:
-                at_work += is_ready
-                reasons += [f"process {process.pid}: {reason}" for reason in _reasons(process, status, told)]
+                reasons += [f"process {process.pid}: {reason}" for reason in own_reasons]
         missing = picture.places - sum(process.at_work for process in picture.processes)
         if missing > 0:
             reasons.append(f"{missing} of {picture.places} processes are to be started")
         document = {"ready": not reasons, "supervisor": os.getpid(), "reasons": reasons, "processes": rows}
         return Answer.of(document, _UNAVAILABLE if reasons else 200)
+
+    def _ask_about_readiness(self) -> tuple[Picture | None, list[_Told]]:
+        """How things stand, and what the processes say to that."""
+        picture = self._look()
+        answers: list[_Told] = []
+        for _ in range(_MOST_LOOKS):
+            if picture is None:
+                break
+            answers = list(_ask("/readyz", picture.processes))
+            if all(status == 200 for process, status, _ in answers if process.at_work):
+                break
+            # One that says that it drains may have been replaced since the look, which is as it should be.
+            earlier, picture = picture, self._look()
+            if picture is None or picture.at_work == earlier.at_work:
+                break
+        return picture, answers
 
     def _jobs(self, request: Request) -> Answer:
         if not request.is_from_here:
@@ -170,8 +197,8 @@ class Front:
         return Answer.of({"error": "no process has come up that could answer"}, _UNAVAILABLE)
 
 
-def _ask(path: str, processes: Sequence[ProcessState]) -> Iterator[tuple[ProcessState, int | None, dict[str, Any]]]:
-    """What the processes answer, all at once: status and document; None and {} of one that does not."""
+def _ask(path: str, processes: Sequence[ProcessState]) -> Iterator[_Told]:
+    """What the processes answer, who are asked all at once."""
 
     def ask(process: ProcessState) -> tuple[int | None, dict[str, Any]]:
         if process.state == "starting":

@@ -641,7 +641,7 @@ def test_fleet_answers_at_one_address_through_death_reload_and_drain(
         assert (status, content_type) == (200, "text/plain") and int(body) in several.children
 
         # What they say among themselves is for nobody else.
-        [folder] = temporary.glob("greenjobs-*")
+        [folder] = temporary.glob("greenjobs-http-*")
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
         # A death makes it not ready until there is another.
@@ -697,7 +697,7 @@ def test_killed_supervisor_leaves_nothing_bound_and_its_folder_to_the_next(
     tmp_path: Path, database_url: str, temporary: Path
 ) -> None:
     with answering_fleet(tmp_path, database_url, temporary, "--max-jobs", "1000") as (orphaned, address):
-        [folder] = temporary.glob("greenjobs-*")
+        [folder] = temporary.glob("greenjobs-http-*")
         orphaned.process.kill()
         orphaned.wait_until_gone(orphaned.children)
         Address.parse(address).listen().close()
@@ -718,7 +718,7 @@ def make_front(parent: Path) -> supervisor_http.Front:
 
 def test_folder_of_a_supervisor_that_lives_is_left_alone(temporary: Path) -> None:
     first, second = make_front(temporary), make_front(temporary)
-    assert len(list(temporary.glob("greenjobs-*"))) == 2
+    assert len(list(temporary.glob("greenjobs-http-*"))) == 2
     first.close()
     second.close()
 
