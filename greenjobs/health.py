@@ -196,7 +196,7 @@ def _described(attempt: Attempt) -> dict[str, Any]:
         "queue": attempt.place.queue,
         "attempt": attempt.number,
         "running_seconds": round(time.perf_counter() - attempt.started, 3),
-        "executor": getattr(attempt.job, "executor", "greenlet"),
+        "executor": getattr(attempt.job.policy, "executor", "greenlet"),
         "stack": _frames(attempt.greenlet.gr_frame),
     }
 
