@@ -20,18 +20,18 @@ from greenjobs.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 
+# sun_path has 108 bytes on Linux and 104 elsewhere, with the zero at its end.
+LONGEST_PATH = 103
+
 ALLOWED = (
-    '"HOST:PORT", "[IPv6]:PORT", a port alone, which is one of 127.0.0.1, or "unix:" and an absolute path; '
-    "ports are from 0, which is any free one, to 65535"
+    '"HOST:PORT", "[IPv6]:PORT", a port alone, which is one of 127.0.0.1, or "unix:" and an absolute path, not '
+    f"longer than {LONGEST_PATH} bytes; ports are from 0, which is any free one, to 65535"
 )
 
 _HOST_AND_PORT = re.compile(
     r"(?:(?:\[(?P<v6>[\w:.%]+)\]|(?P<host>[^\s:/\[\]]+))?:)?(?P<port>\d{1,5})",
     re.ASCII,
 )
-
-# sun_path has 108 bytes on Linux and 104 elsewhere, with the zero at its end.
-LONGEST_PATH = 103
 
 # Whoever wants to be served finds room here while earlier ones are.
 _BACKLOG = 64

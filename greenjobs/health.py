@@ -26,7 +26,7 @@ import psycopg2
 from greenjobs import migrate
 from greenjobs.address import Address
 from greenjobs.errors import GreenjobsError
-from greenjobs.http_server import NOT_FROM_AFAR, Answer, Request, Server, warn_of_openness
+from greenjobs.http_server import NOT_FROM_AFAR, Answer, Request, Route, Server, warn_of_openness
 from greenjobs.inspection import DatabaseState, database_state
 
 if TYPE_CHECKING:
@@ -56,25 +56,17 @@ def serving(handle: RunnerHandle, address: str | None) -> Iterator[Server | None
     if address is None:
         yield None
         return
-    place = Address.parse(address)
-    pulse = Pulse()
-    readiness = Readiness(handle)
-    server = Server(
-        place,
-        {
-            "/livez": lambda request: live(handle, pulse),
-            "/readyz": lambda request: readiness.answer(),
-            "/metrics": lambda request: metrics(),
-            "/jobs": lambda request: jobs(handle, request),
-        },
-    )
-    if not place.is_local:
-        warn_of_openness(server.address)
-    try:
+    place, pulse, readiness = Address.parse(address), Pulse(), Readiness(handle)
+    routes: dict[str, Route] = {
+        "/livez": lambda request: live(handle, pulse),
+        "/readyz": lambda request: readiness.answer(),
+        "/metrics": lambda request: metrics(),
+        "/jobs": lambda request: jobs(handle, request),
+    }
+    with contextlib.closing(pulse), contextlib.closing(Server(place, routes)) as server:
+        if not place.is_local:
+            warn_of_openness(server.address)
         yield server
-    finally:
-        server.close()
-        pulse.stop()
 
 
 # --- alive ------------------------------------------------------------------------------------------------------------
@@ -97,7 +89,7 @@ class Pulse:
         """The worst of the last minute."""
         return max(self._lags)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Measure no more."""
         self._greenlet.kill(block=False)
 

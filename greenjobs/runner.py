@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+R = TypeVar("R")
 
 _CONNECT_SECONDS = 10.0
 
@@ -315,7 +315,7 @@ class RunnerHandle:
         """What runs at this moment."""
         return [attempt for worker in self.workers.values() for attempt in worker.running.values()]
 
-    def ask(self, statement: Callable[[Connection], Answer]) -> Answer:
+    def ask(self, statement: Callable[[Connection], R]) -> R:
         """`statement(connection)`, on a connection of the runner's own; tried once."""
         return self._service.once(statement)
 

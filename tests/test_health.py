@@ -687,6 +687,7 @@ def test_fleet_lives_while_one_process_answers_and_not_when_none_does(
         [reason] = wait_for_status(address, "/readyz", 503)["reasons"]
         assert reason == f"process {stuck}: it has not answered within {supervisor_http.CHILD_SECONDS:g} s"
         assert ask(address, "/jobs")[1]["unanswered"] == [stuck]
+        assert fetch(Address.parse(address), "/metrics", timeout=PATIENCE_SECONDS)[0] in (200, 501)
         held.enqueue("hold_the_event_loop")
         held.wait_for_entries("began", 2)
         document = wait_for_status(address, "/livez", 503)
