@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import gevent
@@ -22,18 +22,15 @@ from greenjobs.cli_jobs import jobs_group
 from greenjobs.cli_options import configure, plain_errors, setting_options
 from greenjobs.cli_queues import print_changed_queues, queues_group
 from greenjobs.cli_schedules import schedules_group
+from greenjobs.contrib.equipment import Equipment, load
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
-from greenjobs.loading import load_application
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
 from greenjobs.supervisor import EXIT_MISTAKE
 from greenjobs.version import __version__
 from greenjobs.worker import Worker
-
-if TYPE_CHECKING:
-    from greenjobs.contrib.flask import Equipment
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +94,9 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
                 "`greenjobs run`, or `python -m greenjobs run`, and `run` its first argument"
             )
         application, equipment = _load_application(settings.app)
-        if equipment is not None:
-            equipment.adopt()
-            settings = config.current()
+        for each in equipment:
+            each.adopt()
+        settings = config.current()
         url = settings.require_database_url()
         jobs = registered_jobs()
         if not jobs:
@@ -112,8 +109,8 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
                 f"own; the most that one may have of it goes with its name, as in --queue bulk:10"
             )
         runner = Runner(url, context=application).register(*jobs.values())
-        if equipment is not None:
-            equipment.equip(runner)
+        for each in equipment:
+            each.equip(runner)
         for queue, options in _parse_queues(queues).items():
             runner.configure_queue(queue, **options)
         if until_empty:
@@ -125,8 +122,8 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
         _handle_signals(handle)
         handle.start()
         _banner(url, handle, jobs)
-        if equipment is not None:
-            equipment.check(handle)
+        for each in equipment:
+            each.check(handle)
         if line is not None:
             line.report_up(handle)
         handle.wait_for_shutdown()
@@ -230,16 +227,10 @@ def _slots(options: Mapping[str, float]) -> str:
     return f"{options['pool']:g} of {options['share']:g}" if "share" in options else f"{options['pool']:g}"
 
 
-def _load_application(name: str | None) -> tuple[Any, Equipment | None]:
-    """The application, and what it has of greenjobs if it is one of Flask's that uses the extension."""
+def _load_application(name: str | None) -> tuple[Any, list[Equipment]]:
+    """The application, and what it has of greenjobs."""
     try:
-        application = load_application(name)
-        if "greenjobs.contrib.flask" not in sys.modules:  # which needs Flask
-            return application, None
-        from greenjobs.contrib.flask import equipment_of
-
-        equipment = equipment_of(application, name or "")
-        return (application, None) if equipment is None else (equipment.app, equipment)
+        return load(name)
     except GreenjobsError:
         raise
     except Exception:

@@ -329,7 +329,7 @@ def joined() -> Any:
 
 ambient: Callable[[str, str], Any] | None = None
 """Set by greenjobs.contrib: given the database URL and the name of a job, what a call that names no connection is to be
-enqueued on, as for `.options(connection=…)`; None for a connection of ours."""
+enqueued on, as for `.options(connection=…)`; None for a connection of ours, a greenjobs.holding.Hold for later."""
 
 
 def lender(settings: config.Settings) -> ConnectionPool:
