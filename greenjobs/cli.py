@@ -26,6 +26,7 @@ from greenjobs.contrib.equipment import Equipment, load
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
+from greenjobs.redaction import redact
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
 from greenjobs.supervisor import EXIT_MISTAKE
@@ -274,7 +275,7 @@ def _banner(url: str, handle: RunnerHandle, jobs: dict[str, Job[Any, Any]]) -> N
     if handle.share is not None:
         queues += f"; together {handle.share.slots} at a time, {'by weight' if handle.share.by_weight else 'in order'}"
     logger.info("greenjobs %s, Python %s, %s", __version__, platform.python_version(), handle.name)
-    logger.info("database: %s%s", config.redact(url), " (for development)" if is_embedded_url(url) else "")
+    logger.info("database: %s%s", redact(url), " (for development)" if is_embedded_url(url) else "")
     if handle.session == "lease":
         logger.info("session: by lease and polling, for a pooler is in between; session_url can name a direct way")
     logger.info("queues: %s", queues)

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 from psycopg2 import errors
 
-from greenjobs import config, pool
+from greenjobs import pool
 from greenjobs.errors import SchemaError
+from greenjobs.redaction import redact
 from greenjobs.statement import PlanningConnection
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def migrate(database_url: str) -> list[str]:
     with _connected(database_url) as connection, connection.cursor() as cursor:
         if connection.is_pooled:
             raise SchemaError(
-                f"{config.redact(database_url)} leads through a pooler, where the lock that keeps two migrations apart "
+                f"{redact(database_url)} leads through a pooler, where the lock that keeps two migrations apart "
                 f"cannot be held; name the direct way with --session-url or GREENJOBS_SESSION_URL"
             )
         _take_lock(cursor)

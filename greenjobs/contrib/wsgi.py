@@ -93,7 +93,7 @@ class GreenJobs:
         config.adopt(self._layer)
 
     def equip(self, runner: Runner) -> None:
-        """Let every job of this runner run in the surroundings of the application, as `greenjobs run` does by itself."""
+        """Let every job run in the surroundings of the application, as `greenjobs run` does by itself."""
         runner.surround(self.context)
 
     def check(self, handle: RunnerHandle) -> None:
