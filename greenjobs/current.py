@@ -207,9 +207,10 @@ class CurrentJob:
         """A `with` block at whose end the job completes, in one transaction with all that was written in the block.
 
         Yields a psycopg2 connection from the pool for job code; or `connection`, as for `.options(connection=…)`, of
-        the caller's. Jobs that are enqueued in the block are part of it. An error rolls back, and fails the attempt
-        like any other. Raises JobLost when the job is somebody else's by then, CompletionError when it has completed
-        already, and whatever the database says; in all cases nothing was written, unless the answer to COMMIT was lost.
+        the caller's; on one of Django's the block is one of `atomic()`. Jobs that are enqueued in the block are part of
+        it. An error rolls back, and fails the attempt like any other. Raises JobLost when the job is somebody else's by
+        then, CompletionError when it has completed already, and whatever the database says; in all cases nothing was
+        written, unless the answer to COMMIT was lost.
         """
         return completion_room().Transaction(_running(), connection)  # type: ignore[no-any-return]
 

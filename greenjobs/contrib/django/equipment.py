@@ -6,7 +6,6 @@ A project is the only one of its process, and active in all of it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -128,20 +127,19 @@ class _OnCommit(Hold):
         self._alias = alias
 
     def take(self, held: Held) -> None:
+        def enqueue() -> None:
+            try:
+                held.settle(held.enqueue())
+            except BaseException:
+                logger.error(
+                    "the transaction was committed, and its jobs could not be enqueued, and are lost: %s (%s)",
+                    *(held.job_type, len(held.handles)),
+                    extra={"job_type": held.job_type},
+                )
+                raise
+
         # Robust: one that fails keeps neither the other jobs nor the application's own functions from their turn.
-        transaction.on_commit(functools.partial(_enqueue, held), using=self._alias, robust=True)
-
-
-def _enqueue(held: Held) -> None:
-    try:
-        held.settle(held.enqueue())
-    except BaseException:
-        logger.error(
-            "the transaction was committed, and its jobs could not be enqueued, and are lost: %s (%s)",
-            *(held.job_type, len(held.handles)),
-            extra={"job_type": held.job_type},
-        )
-        raise
+        transaction.on_commit(enqueue, using=self._alias, robust=True)
 
 
 def _is_in_transaction(wrapper: Any) -> bool:
