@@ -29,8 +29,9 @@ from gevent.event import Event
 
 import greenjobs
 from greenjobs import config, current_job, job, testing
+from greenjobs.contrib import addresses
 from greenjobs.contrib.django import checks, django_database, equipment, options
-from greenjobs.errors import ConfigError, JobHeld, OptionError, PayloadError
+from greenjobs.errors import ConfigError, JobFailed, JobHeld, OptionError, PayloadError
 from greenjobs.runner import Runner
 
 
@@ -77,6 +78,20 @@ def test_database_that_django_is_pointed_to_in_its_tests_is_followed(
         job(name="work")(work.function).delay()
         assert (database.count(), other.count()) == (1, 1)
         point("default", database.url)
+
+
+def test_database_that_greenjobs_is_told_of_is_followed_too(
+    database: running.Database, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the tests of a project would enqueue in production."""
+    monkeypatch.setenv("GREENJOBS_DATABASE_URL", database.url)
+    project = equipment.Equipment()
+    assert project.settings.database_url == database.url
+    point("default", empty_database_url)
+    assert project.alias_of(project.settings.require_database_url()) == "default"
+    assert addresses.of_url(project.settings.require_database_url()) == addresses.of_url(empty_database_url)
+    point("default", database.url)
+    assert project.settings.database_url == database.url
 
 
 @pytest.mark.parametrize(
@@ -458,6 +473,30 @@ def test_jobs_of_a_test_are_worked_off_in_its_transaction(database: running.Data
             assert ran.outcome == "done" and Order.objects.get().customer == "confirmed"
         transaction.set_rollback(True)
     assert (database.count(), Order.objects.count()) == (0, 0)
+
+
+def test_handle_of_a_job_that_failed_in_a_test_tells_so(database: running.Database) -> None:
+    """Django has its connections leave jsonb as text."""
+
+    @job(max_retries=0)
+    def work() -> None:
+        raise LookupError("no such order")
+
+    with transaction.atomic(), testing.using(connection):
+        failed = work.delay()
+        testing.drain(raise_errors=False)
+        with pytest.raises(JobFailed, match="LookupError: no such order"):
+            failed.result(0)
+        transaction.set_rollback(True)
+
+
+def test_unique_jobs_are_merged_in_a_transaction_of_django(database: running.Database) -> None:
+    @job(unique_key="report", on_conflict="merge", merge=lambda waiting, new: {"ids": waiting["ids"] + new["ids"]})
+    def report(ids: list[int]) -> None: ...
+
+    with transaction.atomic():
+        assert [report.delay([number]).action for number in (1, 2)] == ["enqueued", "merged"]
+    assert database.column("SELECT data FROM background_jobs") == [{"ids": [1, 2]}]
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

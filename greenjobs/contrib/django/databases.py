@@ -39,13 +39,18 @@ def url_of(alias: str) -> str | None:
     return str(extensions.make_dsn(**_parameters(alias))) if is_postgresql(alias) else None
 
 
+def address_of(alias: str) -> addresses.Address | None:
+    """Where the entry leads; None for a database that is not PostgreSQL, and where that cannot be said."""
+    return addresses.of_parameters(_parameters(alias)) if is_postgresql(alias) else None
+
+
 def leading_to(database_url: str, *, first: str) -> str | None:
     """The alias of the entry that leads to this database, `first` before others; None when none does, or in doubt."""
     address = addresses.of_url(database_url)
     if address is None:
         return None
     for alias in sorted(connections.settings, key=lambda alias: alias != first):
-        if is_postgresql(alias) and addresses.of_parameters(_parameters(alias)) == address:
+        if address_of(alias) == address:
             return str(alias)
     return None
 

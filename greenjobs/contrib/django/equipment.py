@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
@@ -19,7 +20,7 @@ from django.utils import timezone, translation
 from psycopg2 import extensions
 
 from greenjobs import config
-from greenjobs.contrib import scopes
+from greenjobs.contrib import addresses, scopes
 from greenjobs.contrib.django import databases, options
 from greenjobs.holding import Held, Hold
 
@@ -37,7 +38,11 @@ class Equipment:
     def __init__(self) -> None:
         self.options = options.read()
         self._layer: tuple[object, config.Layer] | None = None
+        self._moved: tuple[object, config.Settings, config.Settings] | None = None
         self._aliases: dict[object, str | None] = {}
+        # Before the tests of a project, which have databases of their own, make Django forget them.
+        self._at_first = _fingerprints()
+        self._addresses_at_first = {alias: databases.address_of(alias) for alias in connections.settings}
         self._said: set[str] = set()
 
     def install(self) -> None:
@@ -61,11 +66,26 @@ class Equipment:
             url = databases.url_of(alias)
             defaults = {} if url is None else {"database_url": url}
             self._layer = fingerprint, config.Layer(self.options.arguments, defaults)
-        return self._layer[1].settings()
+        settings = self._layer[1].settings()
+        now = _fingerprints()
+        return settings if now == self._at_first else self._follow(settings, now)
+
+    def _follow(self, settings: config.Settings, now: object) -> config.Settings:
+        """The same, but that a URL which led to a database of Django's leads to the one that its tests have instead."""
+        if self._moved is None or self._moved[0] != now or self._moved[1] is not settings:
+            self._moved = now, settings, self._moved_along(settings)
+        return self._moved[2]
+
+    def _moved_along(self, settings: config.Settings) -> config.Settings:
+        named = None if settings.database_url is None else addresses.of_url(settings.database_url)
+        for alias, address in self._addresses_at_first.items():
+            if address is not None and address == named != databases.address_of(alias):
+                return replace(settings, database_url=databases.url_of(alias), session_url=None)
+        return settings
 
     def alias_of(self, database_url: str) -> str | None:
         """Which of Django's databases is the one with this URL; None when none is."""
-        key = (database_url, *(databases.fingerprint(alias) for alias in connections.settings))
+        key = (database_url, _fingerprints())
         if key not in self._aliases:
             self._aliases[key] = databases.leading_to(database_url, first=self.options.database)
         return self._aliases[key]
@@ -140,6 +160,10 @@ class _OnCommit(Hold):
 
         # Robust: one that fails keeps neither the other jobs nor the application's own functions from their turn.
         transaction.on_commit(enqueue, using=self._alias, robust=True)
+
+
+def _fingerprints() -> tuple[object, ...]:
+    return tuple(map(databases.fingerprint, connections.settings))
 
 
 def _is_in_transaction(wrapper: Any) -> bool:
