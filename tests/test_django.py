@@ -26,6 +26,7 @@ from django.utils.functional import SimpleLazyObject
 from django.utils.translation import gettext_lazy
 from django_projects import Order, point
 from gevent.event import Event
+from psycopg2 import extensions
 
 import greenjobs
 from greenjobs import config, current_job, job, testing
@@ -329,6 +330,31 @@ def test_database_that_is_named_by_a_url_is_found_among_those_of_django(database
         work.delay()
         assert database.count() == 0
     assert database.count() == 1
+
+
+def test_database_whose_address_only_libpq_knows_is_joined(
+    database: running.Database, work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = "\n".join(f"{name}={value}" for name, value in extensions.parse_dsn(database.url).items())
+    (tmp_path / "services").write_text(f"[shop]\n{service}\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    connection.close()
+    entry = connections.settings["default"]
+    entry.update(NAME="", HOST="", PORT="", USER="", PASSWORD="", OPTIONS={"service": "shop"})
+    with pytest.raises(LookupError), transaction.atomic():
+        work.delay()
+        raise LookupError
+    assert database.count() == 0
+    work.delay()
+    assert database.count() == 1
+
+
+def test_database_of_django_that_cannot_be_loaded_is_none_for_jobs(database: running.Database, work: Any) -> None:
+    connections.settings["other"]["ENGINE"] = "no_such.backend"
+    try:
+        assert equipment.Equipment().alias_of("postgresql://nowhere/shop") is None
+    finally:
+        connections.settings["other"]["ENGINE"] = "django.db.backends.postgresql"
 
 
 @pytest.mark.parametrize("of", [lambda: connection, lambda: connections["default"]], ids=["proxy", "wrapper"])

@@ -157,7 +157,8 @@ def site(tmp_path_factory: pytest.TempPathFactory, server_url: str) -> Iterator[
         processes.run("python", "manage.py", "makemigrations", "shop", folder=folder)
         output = processes.run("python", "manage.py", "migrate", folder=folder)
         assert "Applying shop.0001_initial... OK" in output
-        assert "Applying greenjobs.0001_background_jobs... OK" in output
+        assert "Applying greenjobs.0001_background_jobs... OK\n  Applying greenjobs.0002" in output
+        assert "greenjobs.W002" not in output
         yield folder, url
 
 
@@ -205,6 +206,20 @@ def test_greenjobs_run_finds_the_project_by_the_variable_of_django(folder: Path,
     manage(folder, "order")
     variable = {"DJANGO_SETTINGS_MODULE": "site_of_tests.settings"}
     output = processes.run("greenjobs", "run", "--until-empty", folder=folder, environment=variable)
+    assert_ann_is_confirmed(output, database)
+
+
+def test_greenjobs_run_finds_the_project_by_its_application(folder: Path, database: running.Database) -> None:
+    code = """
+    import os
+    from django.core.wsgi import get_wsgi_application
+
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "site_of_tests.settings")
+    application = get_wsgi_application()
+    """
+    processes.write_application(folder, code, name="site_of_tests/wsgi.py")
+    manage(folder, "order")
+    output = processes.run("greenjobs", "run", "--app", "site_of_tests.wsgi", "--until-empty", folder=folder)
     assert_ann_is_confirmed(output, database)
 
 
@@ -270,9 +285,8 @@ def test_project_that_cannot_be_run_is_told_why(folder: Path, variables: dict[st
 
 def test_migrate_leaves_the_tables_alone_where_it_is_told_to(folder: Path, server_url: str) -> None:
     with databases.fresh(server_url) as url:
-        text = (folder / "site_of_tests" / "settings.py").read_text().replace("'POOL': 7", "'POOL': 7")
-        lines = text.splitlines()[1:]
-        (folder / "apart.py").write_text("\n".join([f"URL = {url!r}", *lines, 'GREENJOBS["MIGRATE"] = False']))
+        settings = f'URL = {url!r}\n{SETTINGS}\nGREENJOBS["MIGRATE"] = False\n'
+        (folder / "apart.py").write_text(settings, encoding="utf-8")
         output = manage(folder, "migrate", "--settings=apart")
         assert "Applying shop.0001_initial" in output and "greenjobs.0001" not in output
         assert "greenjobs.W002" in manage(folder, "check", "--database", "default", "--settings=apart")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from django.apps import AppConfig
@@ -55,9 +54,10 @@ def _migrated(*, using: str, verbosity: int = 1, **said: Any) -> None:
     here = addresses.of_url(url)
     if direct is not None and here is not None and direct.database == here.database:  # and not that of production
         url = settings.session_url or url
+    tell = said["stdout"].write if said.get("stdout") else print
     for label in migrate.migrate(url):
         if verbosity >= 1:
-            print(f"  Applying greenjobs.{label}... OK", file=said.get("stdout") or sys.stdout)
+            tell(f"  Applying greenjobs.{label}... OK")
 
 
 def _connected(*, connection: Any, **_: Any) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psycopg2
+from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db.utils import load_backend
 from psycopg2 import extensions
@@ -30,8 +31,11 @@ def fingerprint(alias: str) -> tuple[object, ...]:
 
 def is_postgresql(alias: str) -> bool:
     """Whether its backend is for PostgreSQL, be it Django's own, that of GIS, or one derived from them."""
-    wrapper = load_backend(connections.settings[alias]["ENGINE"]).DatabaseWrapper
-    return bool(wrapper.vendor == "postgresql")
+    try:
+        backend = load_backend(connections.settings[alias]["ENGINE"])
+    except (ImportError, ImproperlyConfigured):  # whose driver is missing, which is for whoever uses it to hear
+        return False
+    return bool(backend.DatabaseWrapper.vendor == "postgresql")
 
 
 def url_of(alias: str) -> str | None:
@@ -46,6 +50,8 @@ def address_of(alias: str) -> addresses.Address | None:
 
 def leading_to(database_url: str, *, first: str) -> str | None:
     """The alias of the entry that leads to this database, `first` before others; None when none does, or in doubt."""
+    if database_url == url_of(first):  # also where only libpq knows the address, as with a service
+        return first
     address = addresses.of_url(database_url)
     if address is None:
         return None
