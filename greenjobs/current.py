@@ -212,9 +212,10 @@ class CurrentJob:
         """A `with` block at whose end the job completes, in one transaction with all that was written in the block.
 
         Yields a psycopg2 connection from the pool for job code; or `connection`, as for `.options(connection=…)`, of
-        the caller's. Jobs that are enqueued in the block are part of it. An error rolls back, and fails the attempt
-        like any other. Raises JobLost when the job is somebody else's by then, CompletionError when it has completed
-        already, and whatever the database says; in all cases nothing was written, unless the answer to COMMIT was lost.
+        the caller's; on one of Django's the block is one of `atomic()`. Jobs that are enqueued in the block are part of
+        it. An error rolls back, and fails the attempt like any other. Raises JobLost when the job is somebody else's by
+        then, CompletionError when it has completed already, and whatever the database says; in all cases nothing was
+        written, unless the answer to COMMIT was lost.
         """
         return completion_room().Transaction(_running(), connection)  # type: ignore[no-any-return]
 
@@ -334,7 +335,7 @@ def joined() -> Any:
 
 ambient: Callable[[str, str], Any] | None = None
 """Set by greenjobs.contrib: given the database URL and the name of a job, what a call that names no connection is to be
-enqueued on, as for `.options(connection=…)`; None for a connection of ours."""
+enqueued on, as for `.options(connection=…)`; None for a connection of ours, a greenjobs.holding.Hold for later."""
 
 
 def lender(settings: config.Settings) -> ConnectionPool:
