@@ -125,7 +125,7 @@ class Celery:
         instance.app = self
         prepare(instance)
         instance.job = _declare(kind.run, instance.name, bind=True, find_task=lambda: instance)
-        _tasks[instance.name] = instance
+        tasks[instance.name] = instance
         return instance
 
     def gen_task_name(self, name: str, module: str) -> str:
@@ -230,13 +230,13 @@ class Tasks(Mapping[str, Any]):
     """All tasks of this process by name."""
 
     def __getitem__(self, name: str) -> Any:
-        return _tasks[name]
+        return tasks[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_tasks)
+        return iter(tasks)
 
     def __len__(self) -> int:
-        return len(_tasks)
+        return len(tasks)
 
 
 class Signal:
@@ -333,6 +333,9 @@ class TaskProxy:
         else:
             super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        delattr(self.task(), name)
+
     def __repr__(self) -> str:
         return repr(self.task())
 
@@ -360,13 +363,13 @@ def current_app() -> Celery:
 
 def find_task(name: str) -> Task:
     """The task of that name. Raises NotRegistered."""
-    if name not in _tasks:
+    if name not in tasks:
         load_all()
     try:
-        task: Task = _tasks[name]
+        task: Task = tasks[name]
         return task
     except KeyError:
-        known = ", ".join(sorted(_tasks)) or "none"
+        known = ", ".join(sorted(tasks)) or "none"
         raise NotRegistered(
             f"no task is named {name!r} in this process; known: {known}; import the module that declares it"
         ) from None
@@ -387,7 +390,9 @@ class _Current:
 
 _current = _Current()
 _applications: list[weakref.ref[Celery]] = []
-_tasks: dict[str, Any] = {}
+tasks: dict[str, Any] = {}
+"""Every task of this process by name, or what stands for it until it is used."""
+
 
 before_listing.append(load_all)
 
@@ -395,7 +400,7 @@ before_listing.append(load_all)
 def _decorated(app: Celery | None, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     def make(function: Callable[..., Any]) -> TaskProxy:
         proxy = TaskProxy(app, function, options)
-        _tasks[proxy.name] = proxy
+        tasks[proxy.name] = proxy
         return proxy
 
     if len(args) == 1 and callable(args[0]):
@@ -406,7 +411,7 @@ def _decorated(app: Celery | None, args: tuple[Any, ...], options: dict[str, Any
 
 
 def _declare(function: Callable[..., Any], name: str, *, bind: bool, find_task: Callable[[], Task]) -> TaskJob:
-    known = _tasks.get(name)
+    known = tasks.get(name)
     if known is not None:
         former = known.job.__wrapped__.__wrapped__.__code__
         if (former.co_filename, former.co_name) != (function.__code__.co_filename, function.__code__.co_name):

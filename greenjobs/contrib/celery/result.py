@@ -244,10 +244,10 @@ class AsyncResult:
         return said if isinstance(said, dict) and said.keys() == {"state", "meta"} else None
 
     def _is_told_of_starts(self) -> bool:
-        from greenjobs.contrib.celery.app import current_app
+        from greenjobs.contrib.celery.app import current_app, tasks
 
-        app = self.app or current_app()
-        return bool(app.conf.task_track_started)
+        said = getattr(tasks.get(self.name or ""), "track_started", None)
+        return bool((self.app or current_app()).conf.task_track_started if said is None else said)
 
     def _error(self) -> BaseException:
         try:

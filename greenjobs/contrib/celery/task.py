@@ -339,7 +339,7 @@ class Task:
     def after_return(
         self, status: str, retval: Any, task_id: str | None, args: Any, kwargs: Any, einfo: ExceptionInfo | None
     ) -> None:
-        """Called after one of those; an error is logged."""
+        """Called after on_success and on_failure; an error is logged."""
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -387,19 +387,23 @@ class Task:
                 if complete is not None:
                     complete(value)
             except Retry as retry:
-                self._tell("on_retry", states.RETRY, retry.exc or retry, id, args, kwargs, _info(retry.exc or retry))
+                self._tell("on_retry", retry.exc or retry, id, args, kwargs, _info(retry.exc or retry))
                 raise
             except Exception as error:
-                self._tell("on_failure", states.FAILURE, error, id, args, kwargs, _info(error))
+                self._tell("on_failure", error, id, args, kwargs, _info(error), after=states.FAILURE)
                 raise
-            self._tell("on_success", states.SUCCESS, value, id, args, kwargs)
+            self._tell("on_success", value, id, args, kwargs, after=states.SUCCESS)
             return value
 
-    def _tell(self, hook: str, status: str, value: Any, *rest: Any) -> None:
-        einfo = rest[3] if len(rest) > 3 else None
-        for method, given in ((hook, (value, *rest)), ("after_return", (status, value, *rest[:3], einfo))):
+    def _tell(self, hook: str, *given: Any, after: str | None = None) -> None:
+        """Call a method of the class of the application's, and after_return with this state."""
+        calls = [(hook, given)]
+        if after is not None:
+            einfo = given[4] if len(given) > 4 else None
+            calls.append(("after_return", (after, *given[:4], einfo)))
+        for method, arguments in calls:
             try:
-                getattr(self, method)(*given)
+                getattr(self, method)(*arguments)
             except Exception:
                 logger.exception("%s of the task %s failed, which changes nothing for it", method, self.name)
 

@@ -121,7 +121,8 @@ class TaskJob(Job[..., Any]):
             independent=independent,
             uniqueness=Uniqueness(lambda _: json.dumps(key), False, None, "keep", None),
         )
-        return Call[...](self, options).enqueue_data("{}")
+        call: Call[...] = Call(self, options)
+        return call.enqueue_data("{}")
 
     def _retry_delay(self) -> float:
         return self._find_task().default_retry_delay
