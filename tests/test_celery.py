@@ -341,8 +341,6 @@ def test_option_of_a_task_that_cannot_be_is_refused(quiet: Celery, options: dict
         @quiet.task(**options)
         def work() -> None: ...
 
-        work.delay()
-
 
 def test_argument_that_json_has_not_is_refused_with_its_path(app: Celery, database: running.Database) -> None:
     @app.task

@@ -281,11 +281,13 @@ def test_beat_schedule_is_declared_by_the_jobs_that_it_is_about(quiet: Celery) -
         sender.add_periodic_task(10.0, other.s(), name="ten")
 
     quiet.load()
+    Celery("another, which is the current one by now").conf.beat_schedule = {"also": {"task": "other", "schedule": 1}}
     found = declared({"sweep": sweep.job, "other": other.job}, ())
     assert {(each.name, each.job.name, each.data, each.queue, each.priority) for each in found.values()} == {
         ("night", "sweep", '{"what":"floor"}', "cellar", 3),
         ("often", "sweep", '{"what":"yard","twice":true}', "cellar", None),
         ("ten", "other", "{}", None, None),
+        ("also", "other", "{}", None, None),
     }
     assert (found["night"].timetable.cron, found["night"].timetable.timezone) == ("0 3 * * *", "Europe/Paris")
     assert (found["often"].timetable.cron, found["often"].timetable.timezone) == ("* * * * *", "UTC")

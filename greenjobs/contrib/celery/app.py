@@ -20,12 +20,17 @@ from greenjobs.contrib.celery import schedules, settings
 from greenjobs.contrib.celery.canvas import Signature, signature
 from greenjobs.contrib.celery.exceptions import ImproperlyConfigured, NotRegistered, Unsupported
 from greenjobs.contrib.celery.result import AsyncResult, EagerResult
-from greenjobs.contrib.celery.task import Task, prepare
+from greenjobs.contrib.celery.task import Task, prepare, refuse
 from greenjobs.contrib.celery.task_job import TaskJob
 from greenjobs.errors import JobDefinitionError
 from greenjobs.job import JobSchedule, before_listing, register
 
 logger = logging.getLogger(__name__)
+
+# What Celery's constructor is given to be built of.
+_CELERYS_OWN = frozenset(
+    {"amqp", "autofinalize", "changes", "control", "events", "fixups", "loader", "log", "strict_typing", "tasks"}
+)
 
 _COMMANDS = "greenjobs has commands of its own: `greenjobs run`, `greenjobs status`, `greenjobs jobs list`"
 
@@ -48,9 +53,9 @@ class Celery:
     ) -> None:
         self.main = main or "__main__"
         given = {"broker_url": broker, "result_backend": backend, "include": include}
-        changes = others.pop("changes", None) or {}
-        known = {name: others[name] for name in others if name in settings.USED}
-        self.conf = settings.Conf({**{k: v for k, v in given.items() if v is not None}, **changes, **known})
+        said = {name: value for name, value in given.items() if value is not None}
+        more = {name: value for name, value in others.items() if name not in _CELERYS_OWN}
+        self.conf = settings.Conf({**said, **(others.get("changes") or {}), **more})
         base: type[Task] = Task
         if isinstance(task_cls, str):
             module_name, _, attribute = task_cls.replace(":", ".").rpartition(".")
@@ -196,17 +201,14 @@ class Celery:
             task = find_task(_entry(name, entry, "task"))
             if task.name != job.name:
                 continue
-            options = {**task.own_options(), **dict(entry.get("options") or {})}
-            refused = sorted(
-                each
-                for each in options.keys() - {"queue", "routing_key", "priority"} - opts.WITHOUT_MEANING
-                if each not in task.own_options() and options[each] is not None
-            )
-            if refused or "expires" in (entry.get("options") or {}):
+            given = dict(entry.get("options") or {})
+            refused = sorted(given.keys() - {"queue", "routing_key", "priority"} - opts.WITHOUT_MEANING)
+            if refused:
                 raise Unsupported(
-                    f"beat_schedule: {name!r} has the option {(refused or ['expires'])[0]!r}; a schedule has queue and "
-                    f"priority; give the others to the task"
+                    f"beat_schedule: {name!r} has the option {refused[0]!r}; a schedule has queue and priority; give "
+                    f"the others to the task"
                 )
+            options = {**task.own_options(), **given}
             args, kwargs = tuple(entry.get("args") or ()), dict(entry.get("kwargs") or {})
             routed = opts.routed(self.conf, task, args, kwargs, options)
             yield JobSchedule(
@@ -298,8 +300,7 @@ class TaskProxy:
         self.__name__ = function.__name__
         self.__module__ = module
         self.__wrapped__ = function
-        if named.get("rate_limit") is not None:
-            prepare(self._new(Task))  # which refuses it, where it is written
+        refuse(self.name, **{each: named.get(each) for each in ("rate_limit", "serializer", "pydantic")})
         self.job = _declare(function, self.name, bind=self._bind, find_task=self.task)
 
     def task(self) -> Task:

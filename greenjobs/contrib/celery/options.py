@@ -162,7 +162,7 @@ def as_json(task: Task, value: Any) -> str:
 
 
 def _due(task: Task, countdown: Any, eta: Any) -> dict[str, Any]:
-    if eta is not None:
+    if eta is not None and countdown is None:
         if not isinstance(eta, datetime):
             raise OptionError(f"{task.name}: eta is {eta!r}; allowed: a datetime")
         return {"run_at": aware(task.app.conf, eta)}

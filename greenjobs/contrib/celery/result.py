@@ -39,7 +39,12 @@ class AsyncResult:
     """A task that was enqueued, by its id. What is asked of it is asked of the database each time."""
 
     def __init__(
-        self, id: str | int | JobHandle, *_: Any, app: Celery | None = None, parent: AsyncResult | None = None
+        self,
+        id: str | int | JobHandle,
+        backend: Any = None,
+        task_name: str | None = None,
+        app: Celery | None = None,
+        parent: AsyncResult | None = None,
     ) -> None:
         self._handle = id if isinstance(id, JobHandle) else JobHandle(_number(id), "")
         self.app = app

@@ -289,10 +289,9 @@ class Task:
         if not request.is_eager:
             failures = current_job.retries
             limit_retries(None if limit is None else limit - request.retries + failures)
-        if eta is not None:
-            when: float | datetime = opts.aware(self.app.conf, eta)
-        else:
-            when = self.default_retry_delay if countdown is None else countdown
+        when: float | datetime = self.default_retry_delay if countdown is None else countdown
+        if eta is not None and countdown is None:
+            when = opts.aware(self.app.conf, eta)
         retry = Retry(exc=exc, when=when)
         if throw:
             raise retry
@@ -408,17 +407,22 @@ class Task:
                 logger.exception("%s of the task %s failed, which changes nothing for it", method, self.name)
 
 
+def refuse(name: str, *, rate_limit: Any, serializer: Any, pydantic: Any) -> None:
+    """Raise Unsupported where one of these is said of a task, and cannot be had."""
+    if rate_limit is not None:
+        raise Unsupported(
+            f"{name}: rate_limit is not in greenjobs; give such tasks a queue of their own, and let few of them run at "
+            f"a time: queue='slow', and greenjobs run --queue slow:1"
+        )
+    if serializer not in (None, "json"):
+        raise Unsupported(f"{name}: serializer is {serializer!r}, and greenjobs stores JSON; leave it out")
+    if pydantic:
+        raise Unsupported(f"{name}: pydantic is not in greenjobs; annotate the parameters with dataclasses")
+
+
 def prepare(task: Task) -> None:
     """Make an instance ready that is to be a task. Raises Unsupported."""
-    if task.rate_limit is not None:
-        raise Unsupported(
-            f"{task.name}: rate_limit is not in greenjobs; give such tasks a queue of their own, and let few of "
-            f"them run at a time: queue='slow', and greenjobs run --queue slow:1"
-        )
-    if task.serializer not in (None, "json"):
-        raise Unsupported(f"{task.name}: serializer is {task.serializer!r}, and greenjobs stores JSON; leave it out")
-    if task.pydantic:
-        raise Unsupported(f"{task.name}: pydantic is not in greenjobs; annotate the parameters with dataclasses")
+    refuse(task.name, rate_limit=task.rate_limit, serializer=task.serializer, pydantic=task.pydantic)
     if task.autoretry_for:
         _retry_by_itself(task)
 

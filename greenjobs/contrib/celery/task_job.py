@@ -110,8 +110,11 @@ class TaskJob(Job[..., Any]):
         return await self.options().adelay_many(calls)
 
     def schedules(self) -> Iterator[JobSchedule]:
-        """Those of `beat_schedule` that are about this task."""
-        return self._find_task().app.schedules_of(self)
+        """Those of `beat_schedule` that are about this task: of its application, and of the current one."""
+        from greenjobs.contrib.celery.app import current_app
+
+        for app in dict.fromkeys((self._find_task().app, current_app())):
+            yield from app.schedules_of(self)
 
     def park(self, key: str, *, connection: Any, independent: bool) -> JobHandle:
         """Enqueue a call that another one is going to complete, by `unique_key=key` and on_conflict="replace"."""
