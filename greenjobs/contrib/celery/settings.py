@@ -15,6 +15,7 @@ from typing import Any
 
 from greenjobs import config
 from greenjobs.contrib.celery.exceptions import ImproperlyConfigured, Unsupported
+from greenjobs.durations import DURATION_FORMS, duration
 
 logger = logging.getLogger(__name__)
 
@@ -180,12 +181,12 @@ class Conf(dict[str, Any]):
         """How long finished tasks are kept."""
         expires = self["result_expires"]
         if expires is None:
-            return config.duration("36500 days")
+            return duration("36500 days")
         try:
-            return config.duration(expires)
+            return duration(expires)
         except ValueError:
             raise ImproperlyConfigured(
-                f"result_expires is {expires!r}; allowed: {config.DURATION_FORMS}; None for ever"
+                f"result_expires is {expires!r}; allowed: {DURATION_FORMS}; None for ever"
             ) from None
 
     @property
