@@ -10,8 +10,8 @@ from typing import Any
 
 import running
 
-from greenjobs import jobs
-from greenjobs.contrib.celery import Celery
+from greenjobs import jobs, surroundings
+from greenjobs.contrib.celery import Celery, task_job
 from greenjobs.contrib.celery import app as rooms
 from greenjobs.inspection import StoredJob
 
@@ -33,6 +33,8 @@ def alone() -> Iterator[Celery]:
         rooms.tasks.update(tasks)
         rooms._applications[:] = applications
         rooms._current.default = rooms._current.latest = None
+        if task_job._carry in surroundings.around_enqueues:
+            surroundings.around_enqueues.remove(task_job._carry)
         _job_module._registry.clear()  # type: ignore[attr-defined]
         _job_module._registry.update(declared)  # type: ignore[attr-defined]
 
