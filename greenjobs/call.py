@@ -117,9 +117,10 @@ class Call(Generic[P]):
         data = self._job.codec.encode(args, kwargs, max_bytes=config.current().max_payload_bytes)
         return self._job, self._new_jobs(database_rooms()[1], [data])
 
-    def enqueue_data(self, data: str, *, tick_at: datetime) -> JobHandle:
-        """Enqueue a call whose arguments are JSON already, as a schedule keeps them, for this tick of it."""
-        overrides = (*self._options.overrides, ("tick_at", tick_at.isoformat()))
+    def enqueue_data(self, data: str, *, tick_at: datetime | None = None) -> JobHandle:
+        """Enqueue a call whose arguments are JSON already, as a schedule keeps them, for this tick of it, if it is."""
+        tick = () if tick_at is None else (("tick_at", tick_at.isoformat()),)
+        overrides = (*self._options.overrides, *tick)
         return Call(self._job, replace(self._options, overrides=overrides))._enqueue(config.current(), [data])[0]
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:

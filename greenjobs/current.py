@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from greenjobs import config
 from greenjobs.errors import NoCurrentJob
+from greenjobs.keeping import NO_RESULT
 from greenjobs.progress import JobLog, Progress, Recorder, Report
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
     from greenjobs.completion import Transaction
+    from greenjobs.keeping import ResultCodec
     from greenjobs.policy import Policy
     from greenjobs.pool import ConnectionPool
     from greenjobs.storage import ClaimedJob, NewJobs
@@ -64,6 +66,7 @@ class Declaration(Protocol):
     name: str
     policy: Policy
     keep: float
+    results: ResultCodec | None
 
     @property
     def max_retries(self) -> int:
@@ -208,16 +211,17 @@ class CurrentJob:
             created_at=datetime.fromtimestamp(row.created_at, timezone.utc),
         )
 
-    def transaction(self, connection: Any = None) -> AbstractContextManager[Any]:
+    def transaction(self, connection: Any = None, *, result: Any = NO_RESULT) -> AbstractContextManager[Any]:
         """A `with` block at whose end the job completes, in one transaction with all that was written in the block.
 
         Yields a psycopg2 connection from the pool for job code; or `connection`, as for `.options(connection=…)`, of
         the caller's; on one of Django's the block is one of `atomic()`. Jobs that are enqueued in the block are part of
-        it. An error rolls back, and fails the attempt like any other. Raises JobLost when the job is somebody else's by
-        then, CompletionError when it has completed already, and whatever the database says; in all cases nothing was
-        written, unless the answer to COMMIT was lost.
+        it. A job with keep_result=True keeps `result`, as it completes before it returns. An error rolls back, and
+        fails the attempt like any other. Raises JobLost when the job is somebody else's by then, CompletionError when
+        it has completed already, and whatever the database says; in all cases nothing was written, unless the answer to
+        COMMIT was lost.
         """
-        return completion_room().Transaction(_running(), connection)  # type: ignore[no-any-return]
+        return completion_room().Transaction(_running(), connection, result)  # type: ignore[no-any-return]
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
         """Say how far the job is, on its row, for `greenjobs jobs show` and `jobs.get`. Returns at once.
