@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Apart from the outcomes of attempts, which those who report them from events do not want to have twice.
+_stuck_logger = logging.getLogger(f"{__name__}.stuck")
+
 # Jobs that never wait leave the event loop a turn this often.
 _SLICE_SECONDS = 0.001
 
@@ -155,7 +158,7 @@ class Executor:
         def report() -> None:
             if self.running.get(attempt.row.id) is attempt:
                 stack = "".join(traceback.format_stack(attempt.greenlet.gr_frame))
-                logger.error(
+                _stuck_logger.error(
                     "job %s (%s) is stuck: it was told to end (%r) %.0f s ago, and stands in\n%s",
                     *(attempt.row.id, attempt.job.name, attempt.interrupted_by, _OBEDIENCE_SECONDS, stack),
                     extra=_log_keys(attempt),
