@@ -11,7 +11,7 @@ from typing import Any
 from gevent.pywsgi import WSGIServer
 from waiting import eventually
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 
 
 class Receiver:

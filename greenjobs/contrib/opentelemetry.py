@@ -13,6 +13,8 @@ runs in another process, the span has no outcome.
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -30,6 +32,8 @@ from greenjobs.surroundings import Enqueue
 from greenjobs.version import __version__
 
 __all__ = ["GreenjobsInstrumentor"]
+
+logger = logging.getLogger(__name__)
 
 _SYSTEM = {"messaging.system": "greenjobs"}
 _PUBLISH = {**_SYSTEM, "messaging.operation.name": "publish", "messaging.operation.type": "send"}
@@ -99,6 +103,7 @@ class _Telemetry:
 
     def __init__(self, tracer_provider: Any, meter_provider: Any, *, continue_traces: bool) -> None:
         self.is_on = True
+        self._was_early = not _is_patched()
         self._continues_traces = continue_traces
         self._tracer = trace.get_tracer("greenjobs", __version__, tracer_provider)
         meter = metrics.get_meter("greenjobs", __version__, meter_provider)
@@ -118,7 +123,9 @@ class _Telemetry:
     def around_enqueue(self, enqueue: Enqueue) -> Iterator[Mapping[str, str]]:
         """A producer span; its context is what the jobs carry."""
         common = {**_PUBLISH, "messaging.destination.name": enqueue.queue, "greenjobs.job_type": enqueue.job_type}
-        of_span = {**common, "messaging.batch.message_count": enqueue.count} if enqueue.count > 1 else common
+        of_span: dict[str, str | int] = {**common}
+        if enqueue.count > 1:
+            of_span["messaging.batch.message_count"] = enqueue.count
         headers: dict[str, str] = {}
         started = time.perf_counter()
         try:
@@ -138,6 +145,14 @@ class _Telemetry:
     def attempt_started(self, event: AttemptStarted) -> None:
         """Its outcome will be told in this process."""
         _watched.set(_Watched())
+        if self._was_early:
+            self._was_early = False
+            if _is_patched():
+                logger.warning(
+                    "OpenTelemetry was set up before gevent's patches, and its threads do not go together with them; "
+                    "set OTEL_PYTHON_AUTO_INSTRUMENTATION_EXPERIMENTAL_GEVENT_PATCH=patch_all in the environment, or "
+                    "set it up in the application"
+                )
 
     @contextlib.contextmanager
     def around_attempt(self) -> Iterator[None]:
@@ -219,6 +234,11 @@ def _type_of(error: BaseException) -> str:
 def _without_span(carried: Context) -> Context:
     """The same, baggage included, but for the span."""
     return trace.set_span_in_context(trace.INVALID_SPAN, carried)
+
+
+def _is_patched() -> bool:
+    monkey: Any = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))
 
 
 def _histogram(create: Callable[..., Any], name: str, description: str) -> Any:

@@ -74,12 +74,14 @@ def publishing(enqueue: Enqueue) -> Iterator[None]:
     data: dict[str, Any] = {"messaging.system": "greenjobs", "messaging.destination.name": enqueue.queue}
     if enqueue.count > 1:
         data["messaging.batch.message_count"] = enqueue.count
+    # Outside of a transaction a span would go nowhere, and would hide the trace that there is all the same.
     span: AbstractContextManager[Any] = contextlib.nullcontext()
     if not _streams():
-        plain = sentry_sdk.start_span(op="queue.publish", name=enqueue.job_type, origin=_ORIGIN)
-        for name, value in data.items():
-            plain.set_data(name, value)
-        span = plain
+        if sentry_sdk.get_current_span() is not None:
+            plain = sentry_sdk.start_span(op="queue.publish", name=enqueue.job_type, origin=_ORIGIN)
+            for name, value in data.items():
+                plain.set_data(name, value)
+            span = plain
     elif sentry_sdk.traces.get_current_span() is not None:
         attributes = {"sentry.op": "queue.publish", "sentry.origin": _ORIGIN, **data}
         span = sentry_sdk.traces.start_span(name=enqueue.job_type, attributes=attributes)
