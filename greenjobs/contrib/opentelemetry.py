@@ -187,7 +187,7 @@ class _Telemetry:
             raise
         finally:
             context.detach(token)
-            if watched is None or watched.has_ended:  # nobody will say what became of it
+            if watched is None or watched.has_ended or not self.is_on:  # nobody will say what became of it
                 if raised is not None and not isinstance(raised, JobControl):
                     _fail(span, raised)
                 span.end()

@@ -131,8 +131,9 @@ class _Open:
 class _Watched:
     """An attempt of this process, from its beginning to its outcome."""
 
-    def __init__(self, event: AttemptStarted) -> None:
+    def __init__(self, event: AttemptStarted, schedule: Mapping[str, str] | None) -> None:
         self.event = event
+        self.schedule = schedule
         self.has_ended = False
         self.open: _Open | None = None
 
@@ -144,9 +145,10 @@ _watched: ContextVar[_Watched] = ContextVar("greenjobs_sentry_watched")
 def _attempt_started(event: AttemptStarted) -> None:
     integration = _integration()
     if integration is not None:
-        _watched.set(_Watched(event))
-        if integration.monitor_cron_jobs:
-            sentry_events.check_in()
+        schedule = sentry_events.monitored_schedule() if integration.monitor_cron_jobs else None
+        _watched.set(_Watched(event, schedule))
+        if schedule is not None:
+            sentry_events.check_in(schedule)
 
 
 @contextlib.contextmanager
@@ -196,8 +198,8 @@ def _attempt_ended(event: AttemptEnded) -> None:
             sentry_events.capture(event)
     if opened is not None:
         opened.end(_STATUSES.get(event.outcome, "aborted"))
-    if integration.monitor_cron_jobs:
-        sentry_events.check_out(event)
+    if watched is not None and watched.schedule is not None:
+        sentry_events.check_out(event, watched.schedule)
 
 
 def _is_reported(event: AttemptEnded, integration: GreenjobsIntegration) -> bool:

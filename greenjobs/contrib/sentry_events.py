@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import CodeType, TracebackType
 from typing import Any
@@ -158,26 +159,31 @@ def capture_loop_held(held: Any) -> None:
 # --- check-ins of schedules -------------------------------------------------------------------------------------------
 
 
-def check_in() -> None:
-    """Say that a tick has begun to run, if the job that runs here is one. All its attempts are one check-in."""
+def monitored_schedule() -> dict[str, str] | None:
+    """The schedule whose tick the job is that runs here, if Sentry can monitor it: it knows minutes, not seconds."""
     schedule = current_job.schedule
-    if schedule is not None and _can_be_monitored(schedule):
-        capture_checkin(
-            monitor_slug=slug(schedule["name"]),
-            check_in_id=_check_in_id(),
-            status="in_progress",
-            monitor_config={
-                "schedule": {"type": "crontab", "value": schedule["cron"]},
-                "timezone": schedule["timezone"],
-            },
-        )
+    if schedule is None or not {"name", "cron", "timezone"} <= schedule.keys():
+        return None
+    return None if len(schedule["cron"].split()) >= _SECONDS_FIELDS else schedule
 
 
-def check_out(ended: AttemptEnded) -> None:
+def check_in(schedule: Mapping[str, str]) -> None:
+    """Say that a tick has begun to run. All its attempts are one check-in."""
+    capture_checkin(
+        monitor_slug=slug(schedule["name"]),
+        check_in_id=_check_in_id(),
+        status="in_progress",
+        monitor_config={
+            "schedule": {"type": "crontab", "value": schedule["cron"]},
+            "timezone": schedule["timezone"],
+        },
+    )
+
+
+def check_out(ended: AttemptEnded, schedule: Mapping[str, str]) -> None:
     """Say how a tick has ended, if it has; one that runs again is still under way."""
     status = _CHECK_INS.get(ended.outcome)
-    schedule = current_job.schedule if current_job and status is not None else None
-    if schedule is not None and _can_be_monitored(schedule):
+    if status is not None:
         capture_checkin(
             monitor_slug=slug(schedule["name"]),
             check_in_id=_check_in_id(),
@@ -195,12 +201,6 @@ def slug(name: str) -> str:
     mark = hashlib.sha256(name.encode()).hexdigest()[:_HASH_CHARACTERS]
     kept = re.sub(r"[^a-z0-9_-]+", "-", plain)[: 50 - 1 - _HASH_CHARACTERS].strip("-")
     return f"{kept}-{mark}" if kept else f"schedule-{mark}"
-
-
-def _can_be_monitored(schedule: dict[str, str]) -> bool:
-    """Sentry's monitors know minutes, not seconds."""
-    is_complete = {"name", "cron", "timezone"} <= schedule.keys()
-    return is_complete and len(schedule["cron"].split()) < _SECONDS_FIELDS
 
 
 def _check_in_id() -> str:
