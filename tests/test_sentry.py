@@ -83,6 +83,14 @@ APPLICATION = """
         raise OverflowError("during the shutdown")
 
     @job
+    def held():
+        from types import SimpleNamespace
+        from greenjobs.contrib import sentry
+        for seconds in (2.5, 3.5):
+            event = SimpleNamespace(job_type="held", id=7, queue="default", seconds=seconds, stack="in held")
+            sentry._loop_held(event)
+
+    @job
     def poison():
         os.kill(os.getpid(), 9)
 
@@ -204,7 +212,9 @@ def chosen(server_url: str, migrated_template: str, tmp_path_factory: pytest.Tem
     options = {"send_default_pii": True, "report_retries": True, "trace_lifecycle": "stream"}
     with place(server_url, migrated_template, tmp_path_factory.mktemp("chosen")) as made:
         made.python(
-            "mix.delay(1, 'hush'); mix.delay(2, 'x' * 20000); twice.delay(); control.delay('retry'); visit()", **options
+            "mix.delay(1, 'hush'); mix.delay(2, 'x' * 20000); twice.delay(); control.delay('retry')\n"
+            "visit(); held.delay()",
+            **options,
         )
         with made.runner("--processes", "2", "--max-crashes", "1", **options) as runner:
             made.wait_until_settled(failed=3)
@@ -416,6 +426,13 @@ def test_job_whose_runners_died_is_reported(chosen: Place) -> None:
     (event,) = died(chosen)
     assert event["level"] == "error" and "poison" in event["logentry"]["formatted"]
     assert event["extra"]["job_type"] == "poison"
+
+
+def test_loop_that_was_held_is_told_once_in_a_while_with_the_job_and_its_stack(chosen: Place) -> None:
+    (event,) = [each for each in chosen.sentry.errors() if "held the event loop" in each.get("message", "")]
+    assert (event["level"], event["message"]) == ("warning", "job held held the event loop for 2.5 s")
+    assert (event["extra"]["stack"], event["contexts"]["job"]["id"]) == ("in held", 7)
+    assert event["tags"]["job_type"] == "held"
 
 
 @pytest.mark.parametrize(

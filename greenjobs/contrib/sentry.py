@@ -14,6 +14,8 @@ reported with what the event says.
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -222,10 +224,20 @@ def _scope_of(event: AttemptEnded) -> Iterator[None]:
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
+# By job type, when it was last told that such a job held the loop: one that does may do so all day.
+_told_of_loop: dict[str | None, float] = {}
+_TELL_AGAIN_SECONDS = 60.0
+
+
 def _loop_held(event: Any) -> None:
-    if _integration() is not None:
-        with sentry_sdk.isolation_scope():
-            sentry_events.capture_loop_held(event)
+    now = time.monotonic()
+    if _integration() is None or now - _told_of_loop.get(event.job_type, -math.inf) < _TELL_AGAIN_SECONDS:
+        return
+    _told_of_loop[event.job_type] = now
+    import gevent  # not at the top: those that merely enqueue need none
+
+    # It comes in the event loop, where nothing may wait, and Sentry may have to start a thread.
+    gevent.spawn(sentry_events.capture_loop_held, event)
 
 
 def _runner_ended(event: RunnerEnded) -> None:
