@@ -14,6 +14,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import Sampler, SamplingResult
 from opentelemetry.trace import SpanKind, StatusCode
 
 from greenjobs import Discard, current_job, events, job, schedules, surroundings
@@ -284,6 +285,32 @@ def test_without_an_sdk_nothing_is_stored_and_jobs_run(database: running.Databas
     finally:
         GreenjobsInstrumentor().uninstrument()
     assert ran == [{}]
+
+
+def test_sampler_that_fails_fails_no_job(database: running.Database, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Sampler):
+        def should_sample(self, *args: Any, **kwargs: Any) -> SamplingResult:
+            raise LookupError("no decision")
+
+        def get_description(self) -> str:
+            return "broken"
+
+    ran = []
+
+    @job
+    def work() -> None:
+        ran.append(current_job.id)
+
+    provider = TracerProvider(sampler=Broken())
+    GreenjobsInstrumentor().instrument(tracer_provider=provider)
+    try:
+        handle = work.delay()
+        running.work_off(work)
+    finally:
+        GreenjobsInstrumentor().uninstrument()
+        provider.shutdown()
+    assert ran == [handle.id] and database.count() == 0
+    assert f"job {handle.id} (work) runs without a span" in caplog.text
 
 
 def test_uninstrument_leaves_nothing_behind() -> None:

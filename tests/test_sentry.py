@@ -32,7 +32,13 @@ APPLICATION = """
     if options.pop("report_retries", False):
         from greenjobs.contrib.sentry import GreenjobsIntegration
         options["integrations"] = [GreenjobsIntegration(report_retries=True)]
-    sentry_sdk.init(os.environ["SENTRY_TEST_DSN"], traces_sample_rate=1.0, transport_queue_size=10000,
+
+    def sample(context):
+        if context.get("greenjobs_job", {}).get("job_type") == "unsampled":
+            raise LookupError("no decision")
+        return 1.0
+
+    sentry_sdk.init(os.environ["SENTRY_TEST_DSN"], traces_sampler=sample, transport_queue_size=10000,
                     shutdown_timeout=60, **options)
     sentry_sdk.set_tag("region", "eu")
 
@@ -75,6 +81,10 @@ APPLICATION = """
     def work():
         with sentry_sdk.start_span(op="test", name="inside"):
             pass
+
+    @job(max_retries=0)
+    def unsampled():
+        raise IndexError("still reported")
 
     @job(max_retries=0)
     def slow():
@@ -189,7 +199,7 @@ def usual(server_url: str, migrated_template: str, tmp_path_factory: pytest.Temp
     with place(server_url, migrated_template, tmp_path_factory.mktemp("usual")) as made:
         made.python(
             f"mix.delay_many([(number, f'hush {{number}}') for number in range({JOBS})])\n"
-            "twice.delay(); recover.delay(); after_its_end.delay()\n"
+            "twice.delay(); recover.delay(); after_its_end.delay(); unsampled.delay()\n"
             "[control.delay(how) for how in ('discard', 'retry', 'snooze')]\n"
             "visit(); visit()"
         )
@@ -198,7 +208,7 @@ def usual(server_url: str, migrated_template: str, tmp_path_factory: pytest.Temp
         with made.runner("--pool", str(JOBS)) as runner:
             made.make_due("daily", "broken_daily")
             made.sentry.wait_for(4, lambda: made.sentry.of_type("check_in"))
-            made.wait_until_settled(failed=JOBS + 2)
+            made.wait_until_settled(failed=JOBS + 3)
             made.python("slow.delay()")
             runner.wait_for_line("slow runs")
             runner.terminate()
@@ -289,7 +299,14 @@ def test_nothing_else_is_reported_and_nothing_twice(usual: Place) -> None:
     for event in usual.sentry.errors():
         name = event["tags"].get("job_type", event.get("logger"))
         counts[name] = counts.get(name, 0) + 1
-    assert counts == {"mix": JOBS, "twice": 1, "after_its_end": 1, "broken_daily": 1, "slow": 1}
+    once = ("twice", "after_its_end", "broken_daily", "unsampled", "slow")
+    assert counts == {"mix": JOBS, **dict.fromkeys(once, 1)}
+
+
+def test_job_runs_and_is_reported_where_a_function_of_the_application_for_sentry_fails(usual: Place) -> None:
+    (event,) = usual.sentry.errors(job_type="unsampled", outcome="failed")
+    assert value(event) == "still reported"
+    assert usual.sentry.transactions("unsampled") == []
 
 
 def test_arguments_are_not_sent(usual: Place) -> None:

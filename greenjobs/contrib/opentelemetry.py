@@ -161,23 +161,11 @@ class _Telemetry:
             yield
             return
         watched = _watched.get(None)
-        headers = current_job.headers
-        carried = propagate.extract(headers, Context()) if headers else Context()
-        origin = trace.get_current_span(carried).get_span_context()
-        span = self._tracer.start_span(
-            f"process {current_job.queue}",
-            # One that was given to this process from outside, such as by a surrounding, is not of the job's making.
-            context=carried if self._continues_traces else _without_span(carried),
-            kind=SpanKind.CONSUMER,
-            attributes={
-                **_PROCESS,
-                "messaging.destination.name": current_job.queue,
-                "messaging.message.id": str(current_job.id),
-                "greenjobs.job_type": current_job.name,
-                "greenjobs.attempt": current_job.attempt,
-            },
-            links=[Link(origin)] if origin.is_valid else None,
-        )
+        try:
+            span, carried = self._begin()
+        except Exception:  # such as a sampler, or a propagator, of the application's
+            logger.exception("job %s (%s) runs without a span", current_job.id, current_job.name)
+            span, carried = trace.INVALID_SPAN, Context()
         token = context.attach(trace.set_span_in_context(span, carried))
         raised: BaseException | None = None
         try:
@@ -193,6 +181,27 @@ class _Telemetry:
                 span.end()
             else:
                 watched.span = span
+
+    def _begin(self) -> tuple[Span, Context]:
+        """The span of the job that runs here, and the context that it carries."""
+        headers = current_job.headers
+        # Not the active one: what a surrounding may have begun is not of the job's making.
+        carried = propagate.extract(headers, Context()) if headers else Context()
+        origin = trace.get_current_span(carried).get_span_context()
+        span = self._tracer.start_span(
+            f"process {current_job.queue}",
+            context=carried if self._continues_traces else _without_span(carried),
+            kind=SpanKind.CONSUMER,
+            attributes={
+                **_PROCESS,
+                "messaging.destination.name": current_job.queue,
+                "messaging.message.id": str(current_job.id),
+                "greenjobs.job_type": current_job.name,
+                "greenjobs.attempt": current_job.attempt,
+            },
+            links=[Link(origin)] if origin.is_valid else None,
+        )
+        return span, carried
 
     def attempt_ended(self, event: AttemptEnded) -> None:
         """End the span with the outcome, and measure."""

@@ -14,6 +14,7 @@ reported with what the event says.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -21,9 +22,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import sentry_sdk
-from sentry_sdk.integrations import Integration, setup_integrations
+from sentry_sdk.consts import VERSION
+from sentry_sdk.integrations import DidNotEnable, Integration, setup_integrations
 from sentry_sdk.integrations.logging import ignore_logger
 from sentry_sdk.scope import Scope, use_isolation_scope, use_scope
+from sentry_sdk.utils import parse_version
 
 from greenjobs import events
 from greenjobs.contrib import sentry_events, sentry_spans
@@ -34,6 +37,10 @@ from greenjobs.events import AttemptEnded, AttemptStarted, RunnerEnded
 from greenjobs.surroundings import Enqueue, surround, surround_enqueue
 
 __all__ = ["GreenjobsIntegration"]
+
+logger = logging.getLogger(__name__)
+
+_OLDEST = (2, 20)
 
 
 class GreenjobsIntegration(Integration):
@@ -52,7 +59,9 @@ class GreenjobsIntegration(Integration):
 
     @staticmethod
     def setup_once() -> None:
-        """Called by Sentry, once in a process."""
+        """Called by Sentry, once in a process. Raises DidNotEnable."""
+        if _is_too_old():
+            raise DidNotEnable(f"greenjobs needs sentry-sdk {_OLDEST[0]}.{_OLDEST[1]} or later; this is {VERSION}")
         surround(_around_attempt)
         surround_enqueue(_around_enqueue)
         events.subscribe(_attempt_started, AttemptStarted)
@@ -91,8 +100,14 @@ def _is_wanted(options: Mapping[str, Any]) -> bool:
     """By the rules for the integrations that Sentry enables by itself."""
     if not (options.get("default_integrations", True) and options.get("auto_enabling_integrations", True)):
         return False
+    if _is_too_old():
+        return False
     disabled = options.get("disabled_integrations") or ()
     return not any(each is GreenjobsIntegration or isinstance(each, GreenjobsIntegration) for each in disabled)
+
+
+def _is_too_old() -> bool:
+    return (parse_version(VERSION) or _OLDEST) < _OLDEST
 
 
 # --- enqueue ----------------------------------------------------------------------------------------------------------
@@ -160,13 +175,12 @@ def _around_attempt() -> Iterator[None]:
         yield
         return
     watched = _watched.get(None)
-    with use_isolation_scope(_home[-1].fork() if _home else Scope.get_isolation_scope()) as isolation:
-        isolation.clear_breadcrumbs()
-        sentry_events.describe(isolation, current_job.id, current_job.name, current_job.queue, current_job.attempt)
-        isolation.add_event_processor(sentry_events.Arguments())
-        headers = current_job.headers if integration.propagate_traces else {}
-        waited = None if watched is None else watched.event.waited_seconds
-        opened = _Open(isolation, sentry_spans.begin(isolation, headers, waited_seconds=waited))
+    with contextlib.ExitStack() as scopes:
+        opened: _Open | None = None
+        try:
+            opened = _opened(integration, scopes, watched)
+        except Exception:  # such as a traces_sampler of the application's
+            logger.exception("job %s (%s) runs without Sentry", current_job.id, current_job.name)
         try:
             yield
         except BaseException as error:
@@ -175,8 +189,21 @@ def _around_attempt() -> Iterator[None]:
         _leave(opened, watched, "ok")
 
 
-def _leave(opened: _Open, watched: _Watched | None, status: str) -> None:
+def _opened(integration: GreenjobsIntegration, scopes: contextlib.ExitStack, watched: _Watched | None) -> _Open:
+    """Enter the scopes of the job that runs here, and begin its span."""
+    isolation = scopes.enter_context(use_isolation_scope(_home[-1].fork() if _home else Scope.get_isolation_scope()))
+    isolation.clear_breadcrumbs()
+    sentry_events.describe(isolation, current_job.id, current_job.name, current_job.queue, current_job.attempt)
+    isolation.add_event_processor(sentry_events.Arguments())
+    headers = current_job.headers if integration.propagate_traces else {}
+    waited = None if watched is None else watched.event.waited_seconds
+    return _Open(isolation, sentry_spans.begin(isolation, headers, waited_seconds=waited))
+
+
+def _leave(opened: _Open | None, watched: _Watched | None, status: str) -> None:
     """Leave the rest to whoever hears of the outcome; in a process where nobody will, end it."""
+    if opened is None:
+        return
     if watched is None or watched.has_ended:
         opened.end(status)
     else:
