@@ -77,11 +77,11 @@ class GreenjobsIntegration(Integration):
 def turn_on(*, runs_jobs: bool) -> None:
     """Go along with the active client, if there is one and nobody has said otherwise; see greenjobs.companions."""
     if _integration() is not None and runs_jobs:
-        _home.append(sentry_sdk.get_isolation_scope())
+        _home[:] = [sentry_sdk.get_isolation_scope()]
 
 
 _home: list[Scope] = []
-"""The last one is the isolation scope of whoever started a runner: what the application said there is true for all."""
+"""The isolation scope of whoever started the last runner, if any: what the application said there is true for all."""
 
 
 def _integration() -> GreenjobsIntegration | None:
@@ -191,13 +191,19 @@ def _around_attempt() -> Iterator[None]:
 
 def _opened(integration: GreenjobsIntegration, scopes: contextlib.ExitStack, watched: _Watched | None) -> _Open:
     """Enter the scopes of the job that runs here, and begin its span."""
-    isolation = scopes.enter_context(use_isolation_scope(_home[-1].fork() if _home else Scope.get_isolation_scope()))
-    isolation.clear_breadcrumbs()
+    isolation = scopes.enter_context(use_isolation_scope(_fresh_scope()))
     sentry_events.describe(isolation, current_job.id, current_job.name, current_job.queue, current_job.attempt)
     isolation.add_event_processor(sentry_events.Arguments())
     headers = current_job.headers if integration.propagate_traces else {}
     waited = None if watched is None else watched.event.waited_seconds
-    return _Open(isolation, sentry_spans.begin(isolation, headers, waited_seconds=waited))
+    return _Open(isolation, sentry_spans.begin(headers, waited_seconds=waited))
+
+
+def _fresh_scope() -> Scope:
+    scope = (_home[0] if _home else sentry_sdk.get_isolation_scope()).fork()
+    scope.clear_breadcrumbs()
+    scope.set_new_propagation_context()  # or all would be in one trace
+    return scope
 
 
 def _leave(opened: _Open | None, watched: _Watched | None, status: str) -> None:
@@ -242,8 +248,9 @@ def _is_reported(event: AttemptEnded, integration: GreenjobsIntegration) -> bool
 
 @contextlib.contextmanager
 def _scope_of(event: AttemptEnded) -> Iterator[None]:
-    with use_isolation_scope(_home[-1].fork() if _home else Scope.get_isolation_scope().fork()) as isolation:
-        isolation.clear_breadcrumbs()
+    with use_isolation_scope(_fresh_scope()) as isolation:
+        if current_job and current_job.headers:
+            isolation.generate_propagation_context(current_job.headers)
         sentry_events.describe(isolation, event.id, event.job_type, event.queue, event.attempt)
         yield
 

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import sentry_sdk
-from sentry_sdk.scope import Scope
 
 from greenjobs.current import current_job
 from greenjobs.surroundings import Enqueue
@@ -35,7 +34,7 @@ class JobSpan:
         self._span.__exit__(None, None, None)
 
 
-def begin(isolation: Scope, headers: Mapping[str, str], *, waited_seconds: float | None) -> JobSpan:
+def begin(headers: Mapping[str, str], *, waited_seconds: float | None) -> JobSpan:
     """Begin the span of the job that runs here, in the trace that these headers tell of, or in one of its own."""
     data = {
         "messaging.system": "greenjobs",
@@ -45,8 +44,6 @@ def begin(isolation: Scope, headers: Mapping[str, str], *, waited_seconds: float
     }
     if waited_seconds is not None:
         data["messaging.message.receive.latency"] = round(waited_seconds * 1000, 3)  # ms, says Sentry
-    # What was forked may belong to another trace.
-    isolation.set_new_propagation_context()
     if _streams():
         return JobSpan(_begin_streamed(headers, data), is_streamed=True)
     transaction = sentry_sdk.continue_trace(
