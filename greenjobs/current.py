@@ -180,6 +180,13 @@ class CurrentJob:
         return None if tick is None else datetime.fromisoformat(tick)
 
     @property
+    def schedule(self) -> dict[str, str] | None:
+        """`name`, `cron` expression and `timezone` of the schedule that enqueued it, as they were; None if none did."""
+        options = _running().row.options
+        schedule = None if options is None else json.loads(options).get("schedule")
+        return schedule if isinstance(schedule, dict) else None
+
+    @property
     def headers(self) -> dict[str, str]:
         """What the enqueue gave the job to carry, such as the trace it belongs to; see greenjobs.surroundings."""
         options = _running().row.options
