@@ -172,6 +172,15 @@ class CurrentJob:
         return None if tick is None else datetime.fromisoformat(tick)
 
     @property
+    def headers(self) -> dict[str, str]:
+        """What the enqueue gave the job to carry, such as the trace it belongs to; see greenjobs.surroundings."""
+        options = _running().row.options
+        headers = None if options is None else json.loads(options).get("headers")
+        if not isinstance(headers, dict):  # somebody else's SQL may say anything
+            return {}
+        return {name: value for name, value in headers.items() if isinstance(value, str)}
+
+    @property
     def context(self) -> Any:
         """What the runner was given as `context`."""
         return _running().place.context

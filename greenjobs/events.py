@@ -1,7 +1,8 @@
 """What happens to jobs, told to whoever wants to know; free while nobody does.
 
-Handlers are called in the runner's process, in the job's greenlet and context, right after the outcome is decided and
-before it is written. One that raises is logged; it changes nothing for the job.
+Handlers of attempts are called in the runner's process, in the job's greenlet and context: right before the function
+and what surrounds it, and right after the outcome is decided and before it is written. One that raises is logged; it
+changes nothing for the job.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar, overload
+
+from greenjobs.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
@@ -36,27 +39,79 @@ class AttemptEnded:
     error: BaseException | None
 
 
+@dataclass(frozen=True, slots=True)
+class AttemptStarted:
+    """One attempt of one job is about to begin; it had waited `waited_seconds` since it was due."""
+
+    id: int
+    job_type: str
+    queue: str
+    attempt: int
+    waited_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobsEnqueued:
+    """So many new jobs were inserted by one call in this process; in a transaction of the caller's, they are not
+    committed yet. Unique jobs that were there already are not counted."""
+
+    job_type: str
+    queue: str
+    count: int
+
+
+Event = TypeVar("Event")
 Handler = Callable[[AttemptEnded], None]
 
 handlers: list[Handler] = []
-"""Those that are called for every attempt, in order; see subscribe."""
+"""Those that are called for every attempt that ends, in order; see subscribe."""
+
+start_handlers: list[Callable[[AttemptStarted], None]] = []
+"""Those that are called for every attempt that begins."""
+
+enqueue_handlers: list[Callable[[JobsEnqueued], None]] = []
+"""Those that are called for every enqueue."""
+
+_handlers: dict[type, list[Any]] = {
+    AttemptEnded: handlers,
+    AttemptStarted: start_handlers,
+    JobsEnqueued: enqueue_handlers,
+}
 
 
-def subscribe(handler: Handler) -> Handler:
-    """Call this for every attempt that ends in this process from now on. Can be used as a decorator."""
-    handlers.append(handler)
+@overload
+def subscribe(handler: Handler) -> Handler: ...
+
+
+@overload
+def subscribe(handler: Callable[[Event], None], kind: type[Event]) -> Callable[[Event], None]: ...
+
+
+def subscribe(handler: Callable[[Any], None], kind: type = AttemptEnded) -> Callable[[Any], None]:
+    """Call this for every event of a kind from now on, in this process: of attempts that end, unless another is named.
+    Can be used as a decorator.
+    """
+    _handlers_of(kind).append(handler)
     return handler
 
 
-def unsubscribe(handler: Handler) -> None:
-    """Call it no more."""
-    handlers.remove(handler)
+def unsubscribe(handler: Callable[[Any], None], kind: type = AttemptEnded) -> None:
+    """Call it no more for that kind."""
+    _handlers_of(kind).remove(handler)
 
 
-def publish(event: AttemptEnded, *more: Handler) -> None:
-    """Tell every handler, and these."""
-    for handler in (*handlers, *more):
+def publish(event: Any, *more: Callable[[Any], None]) -> None:
+    """Tell every handler of this kind, and these."""
+    for handler in (*_handlers[type(event)], *more):
         try:
             handler(event)
         except Exception:
-            logger.exception("a handler of events failed for job %s (%s): %r", event.id, event.job_type, handler)
+            logger.exception("a handler of events failed: %r, for %r", handler, event)
+
+
+def _handlers_of(kind: type) -> list[Any]:
+    try:
+        return _handlers[kind]
+    except (KeyError, TypeError):
+        names = ", ".join(each.__name__ for each in _handlers)
+        raise OptionError(f"there are no events of the kind {kind!r}; there are {names}") from None

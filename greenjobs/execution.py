@@ -226,6 +226,8 @@ class Executor:
         enter_attempt(attempt)
         self.running[row.id] = attempt
         attempt.started = started = time.perf_counter()
+        if events.start_handlers:
+            self._publish_start(attempt)
         timeouts = attempt.timeouts()
         timers = self._start_timers(attempt, *timeouts) if timeouts is not None else ()
         outcome: events.Outcome = "done"
@@ -350,6 +352,10 @@ class Executor:
                 row.waited,
             )
         )
+
+    def _publish_start(self, attempt: Attempt) -> None:
+        row = attempt.row
+        events.publish(events.AttemptStarted(row.id, row.job_type, self._place.queue, attempt.number, row.waited))
 
     def _publish(self, attempt: Attempt, verdict: Verdict, error: BaseException | None, *more: events.Handler) -> None:
         row = attempt.row

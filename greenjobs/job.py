@@ -1,4 +1,4 @@
-"""`@job`, what it makes of a function, and how a call is enqueued.
+"""`@job`, what it makes of a function, and which there are.
 
 Nothing here needs gevent: a job is declared and enqueued in any server, thread or script.
 """
@@ -6,67 +6,39 @@ Nothing here needs gevent: a job is declared and enqueued in any server, thread 
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
-from greenjobs import config, current, expiry, keeping, policy
+from greenjobs import config, expiry, keeping, policy
+from greenjobs.call import Call, CallOptions
 from greenjobs.cron import Timetable
-from greenjobs.current import database_rooms, joined, lender
 from greenjobs.errors import (
     ConfigError,
     JobDefinitionError,
     OptionError,
-    PayloadError,
-    SchemaError,
     UnknownJob,
 )
 from greenjobs.events import Handler
-from greenjobs.handle import JobHandle, note_transaction
+from greenjobs.handle import JobHandle
 from greenjobs.overlap import declared as declared_exclusion
 from greenjobs.payload import Codec
 from greenjobs.retry import Backoff
-from greenjobs.uniqueness import MakeKey, Merge, OnConflict, Uniqueness, UniqueSettings, Until
-
-if TYPE_CHECKING:
-    from greenjobs.storage import NewJobs
+from greenjobs.uniqueness import MakeKey, Merge, OnConflict, UniqueSettings, Until
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# As many jobs as go in one statement: 1,000 keep the statement under a few hundred kB and the round trips negligible.
-BATCH_SIZE = 1000
-
 HIGHEST_PRIORITY = 32767
 LOWEST_PRIORITY = -32767  # PostgreSQL's smallint goes one further, but that one has no negation
 LONGEST_DELAY_SECONDS = 100 * 365 * 24 * 60 * 60.0
-
-_UNDEFINED_TABLE = "42P01"  # PostgreSQL's error code
 
 _MOST_BYTES_OF_NO_ARGUMENTS = 2  # {}
 
 _UNSAID = UniqueSettings()
 
 _JOB_NAME = re.compile(r"[\w.:/-]{1,200}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What one call says beside its arguments; None leaves a thing to the job."""
-
-    queue: str | None = None
-    priority: int | None = None
-    delay_seconds: float = 0.0
-    run_at: datetime | None = None
-    expires_seconds: float | None = None
-    expires_at: datetime | None = None
-    overrides: tuple[tuple[str, float | str], ...] = ()
-    connection: Any = None
-    uniqueness: Uniqueness | None = None  # resolved: that of the job, unless the call says otherwise
-    independent: bool = False
 
 
 class Job(Generic[P, R]):
@@ -121,7 +93,7 @@ class Job(Generic[P, R]):
         )
         self.keep = 0.0 if keep is None else keeping.checked_keep(self.name, keep, JobDefinitionError)
         self.results = self._read_results(keep_result)
-        self._plain_call: Call[P] = Call(self, _Options(uniqueness=self.uniqueness))
+        self._plain_call: Call[P] = Call(self, CallOptions(uniqueness=self.uniqueness))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
@@ -217,7 +189,7 @@ class Job(Generic[P, R]):
         overrides["keep"] = None if keep is None else keeping.checked_keep(self.name, keep, OptionError)
         return Call(
             self,
-            _Options(
+            CallOptions(
                 overrides=tuple((name, value) for name, value in overrides.items() if value is not None),
                 queue=queue,
                 priority=priority,
@@ -277,148 +249,6 @@ class Job(Generic[P, R]):
                 f"greenjobs.schedules.add(…) or in the settings instead, or give the parameters defaults"
             ) from None
         return timetables
-
-
-class Call(Generic[P]):
-    """A job with the options of one call, ready for its arguments."""
-
-    __slots__ = ("_job", "_options")
-
-    def __init__(self, job: Job[P, Any], options: _Options) -> None:
-        self._job = job
-        self._options = options
-
-    def delay(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
-        """As Job.delay."""
-        settings = config.current()
-        data = self._job.codec.encode(args, kwargs, max_bytes=settings.max_payload_bytes)
-        return self._enqueue(settings, [data])[0]
-
-    def delay_many(self, calls: Iterable[Any]) -> list[JobHandle]:
-        """As Job.delay_many."""
-        settings = config.current()
-        encoded = self._encoded(settings, calls)
-        return self._enqueue(settings, encoded) if encoded else []
-
-    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle:
-        """As Job.adelay."""
-        settings = config.current()
-        data = self._job.codec.encode(args, kwargs, max_bytes=settings.max_payload_bytes)
-        return (await _in_thread(self._enqueue, settings, [data]))[0]
-
-    async def adelay_many(self, calls: Iterable[Any]) -> list[JobHandle]:
-        """As Job.adelay_many."""
-        settings = config.current()
-        encoded = self._encoded(settings, calls)
-        return await _in_thread(self._enqueue, settings, encoded) if encoded else []
-
-    def _encoded(self, settings: config.Settings, calls: Iterable[Any]) -> list[str]:
-        encode = self._job.codec.encode_item
-        encoded = []
-        for place, call in enumerate(calls):
-            try:
-                encoded.append(encode(call, max_bytes=settings.max_payload_bytes))
-            except PayloadError as error:
-                raise PayloadError(f"call {place} of {self._job.name}: {error}", path=error.path) from error
-            except TypeError as error:
-                raise TypeError(f"call {place} of {self._job.name}: {error}") from error
-        return encoded
-
-    def prepare(self, *args: P.args, **kwargs: P.kwargs) -> tuple[Job[P, Any], NewJobs]:
-        """What `delay` would enqueue, for a test that runs it without."""
-        data = self._job.codec.encode(args, kwargs, max_bytes=config.current().max_payload_bytes)
-        return self._job, self._new_jobs(database_rooms()[1], [data])
-
-    def enqueue_data(self, data: str, *, tick_at: datetime) -> JobHandle:
-        """Enqueue a call whose arguments are JSON already, as a schedule keeps them, for this tick of it."""
-        overrides = (*self._options.overrides, ("tick_at", tick_at.isoformat()))
-        return Call(self._job, replace(self._options, overrides=overrides))._enqueue(config.current(), [data])[0]
-
-    def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
-        pool, storage = database_rooms()
-        if current.stage is not None:  # in the tests of an application
-            new = self._new_jobs(storage, data)
-            return current.stage.enqueue(self._job, new, connection=self._options.connection)
-        try:
-            given = self._transaction(settings)
-            if given is not None:
-                connection = pool.raw_connection(given)
-                # In autocommit every statement commits by itself, so all or nothing takes a single one.
-                batches = self._batches(storage, data, len(data) if connection.autocommit else BATCH_SIZE)
-                enqueued = storage.enqueue_inside(connection, batches)
-            else:
-                with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
-                    enqueued = storage.enqueue(connection, self._batches(storage, data, BATCH_SIZE))
-        except Exception as error:
-            if getattr(error, "pgcode", None) != _UNDEFINED_TABLE:
-                raise
-            raise SchemaError(
-                f"{self._job.name} was not enqueued: the tables of greenjobs are not in this database, or not in a "
-                f"schema of its search_path; type `greenjobs migrate`"
-            ) from error
-        name = self._job.name
-        handles = [JobHandle(id, name, action != "enqueued", action) for id, action in enqueued]
-        if given is not None:
-            note_transaction(handles, connection)
-        return handles
-
-    def _transaction(self, settings: config.Settings) -> Any:
-        """What to enqueue on: what the call names, that in which the job that runs here completes, or the session of
-        the application; None for a connection of ours."""
-        if self._options.connection is not None:
-            return self._options.connection
-        if self._options.independent:
-            return None
-        given = joined()
-        if given is None and current.ambient is not None:
-            given = current.ambient(lender(settings).database_url, self._job.name)
-        return given
-
-    def _batches(self, storage: Any, data: list[str], size: int) -> list[NewJobs]:
-        return [self._new_jobs(storage, data[start : start + size]) for start in range(0, len(data), size)]
-
-    def _new_jobs(self, storage: Any, data: list[str]) -> NewJobs:
-        job, options = self._job, self._options
-        # On the row, too, for those who end it and do not know the job.
-        overrides = (("keep", job.keep), *options.overrides) if job.keep else options.overrides
-        new: NewJobs = storage.NewJobs(
-            job_type=job.name,
-            data=data,
-            queue=options.queue if options.queue is not None else job.queue,
-            priority=options.priority if options.priority is not None else job.priority,
-            delay_seconds=options.delay_seconds,
-            run_at=options.run_at,
-            options=json.dumps(dict(overrides)) if overrides else None,
-        )
-        if job.exclusion is not None:
-            key_of = job.exclusion.key_of
-            new = new._replace(exclusive_key_of=lambda data: storage.exclusive_key(job.name, key_of(data)))
-        if options.expires_at is not None:
-            new = new._replace(expires_at=options.expires_at)
-        elif options.expires_seconds is not None or job.expires_seconds is not None:
-            new = new._replace(expires_seconds=options.expires_seconds or job.expires_seconds)
-        return new if options.uniqueness is None else _with_keys(storage, new, options.uniqueness)
-
-
-def _with_keys(storage: Any, new: NewJobs, rule: Uniqueness) -> NewJobs:
-    identities = [rule.identity(one) for one in new.data]
-    if not any(identities):
-        return new
-    return new._replace(
-        unique_keys=[None if each is None else storage.unique_key(new.job_type, each) for each in identities],
-        unique_rule=storage.UniqueRule(
-            until_finished=rule.until_finished,
-            window_seconds=rule.window_seconds,
-            on_conflict=rule.on_conflict,
-            merge=rule.merger(config.current().max_payload_bytes),
-        ),
-    )
-
-
-async def _in_thread(call: Callable[..., R], *args: Any) -> R:
-    import asyncio  # not at the top: it brings ssl along, and whoever awaits has it
-
-    return await asyncio.to_thread(call, *args)
 
 
 @overload

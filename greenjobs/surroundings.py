@@ -1,4 +1,5 @@
 """What is entered around every attempt, in the job's greenlet and context: an application's context, a tenant, a span.
+And what is entered around every enqueue, in whichever process, which may give the jobs headers to carry.
 
 A surrounding is a callable that returns a context manager, such as a generator under contextlib.contextmanager. It is
 called for each attempt anew. Those of the whole process come first, then those of the runner, each inside the ones
@@ -7,13 +8,18 @@ before it; they end the other way round.
 The job's outcome is that of its function. An error on the way in fails the attempt, as if the function had raised it.
 An error on the way out is logged, and changes nothing; nor does a context manager that wants to suppress an error. The
 way in and the way out count for the job's timeouts.
+
+Around an enqueue it is the other way round: what fails there, on the way in or out, is logged, and the jobs are
+enqueued all the same, without its headers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from greenjobs.current import current_job
@@ -21,16 +27,44 @@ from greenjobs.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True, slots=True)
+class Enqueue:
+    """Jobs that are about to be enqueued: their type, their queue, and how many they are."""
+
+    job_type: str
+    queue: str
+    count: int
+
+
 Surrounding = Callable[[], AbstractContextManager[Any]]
+EnqueueSurrounding = Callable[[Enqueue], AbstractContextManager["Mapping[str, str] | None"]]
 S = TypeVar("S", bound=Surrounding)
+E = TypeVar("E", bound=EnqueueSurrounding)
 
 everywhere: list[Surrounding] = []
 """Those of all runners of this process that are started from now on; see surround."""
+
+around_enqueues: list[EnqueueSurrounding] = []
+"""Those of every enqueue in this process; see surround_enqueue."""
 
 
 def surround(make: S) -> S:
     """Enter `make()` around every attempt in the runners of this process. Can be used as a decorator."""
     everywhere.append(checked(make))
+    return make
+
+
+def surround_enqueue(make: E) -> E:
+    """Enter `make(enqueue)` around every enqueue in this process. Can be used as a decorator.
+
+    What the context manager yields, a mapping of texts or None, are headers: they are stored with the jobs, which have
+    them as `current_job.headers`. They are no secret, and not bounded as the payload is: keep them to a few hundred
+    bytes.
+    """
+    if not callable(make):
+        raise ConfigError(f"surround_enqueue takes a callable that returns a context manager, not {make!r}")
+    around_enqueues.append(make)
     return make
 
 
@@ -75,3 +109,44 @@ def _leave(entered: list[tuple[Surrounding, AbstractContextManager[Any]]], error
                     "job %s (%s): what surrounds it failed at its end, which changes nothing for the job: %r",
                     *(current_job.id, current_job.name, make),
                 )
+
+
+@contextlib.contextmanager
+def enqueuing(enqueue: Enqueue) -> Iterator[dict[str, str]]:
+    """Inside of all that surrounds an enqueue; yields the headers of all of them, which may be none."""
+    headers: dict[str, str] = {}
+    entered: list[tuple[EnqueueSurrounding, AbstractContextManager[Any]]] = []
+    for make in tuple(around_enqueues):
+        try:
+            surrounding = make(enqueue)
+            given = surrounding.__enter__()
+        except Exception:
+            _complain(enqueue, make, "at its beginning; the job is enqueued without it")
+        else:
+            entered.append((make, surrounding))
+            headers.update(given or {})
+    try:
+        yield headers
+    except BaseException as error:
+        _leave_enqueue(enqueue, entered, error)
+        raise
+    _leave_enqueue(enqueue, entered, None)
+
+
+def _leave_enqueue(
+    enqueue: Enqueue,
+    entered: list[tuple[EnqueueSurrounding, AbstractContextManager[Any]]],
+    error: BaseException | None,
+) -> None:
+    exit_arguments = (None, None, None) if error is None else (type(error), error, error.__traceback__)
+    while entered:
+        make, surrounding = entered.pop()
+        try:
+            surrounding.__exit__(*exit_arguments)
+        except Exception as failure:
+            if failure is not error:
+                _complain(enqueue, make, "at its end, which changes nothing")
+
+
+def _complain(enqueue: Enqueue, make: EnqueueSurrounding, where: str) -> None:
+    logger.exception("what surrounds the enqueue of %s failed %s: %r", enqueue.job_type, where, make)

@@ -19,10 +19,10 @@ from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from greenjobs import job, schedules
+from greenjobs.call import BATCH_SIZE
 from greenjobs.contrib import addresses
 from greenjobs.contrib.sqlalchemy import sqlalchemy_url
 from greenjobs.errors import OptionError, PayloadError, SchemaError
-from greenjobs.job import BATCH_SIZE
 from greenjobs.runner import Runner
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from greenjobs import config, current, events
+from greenjobs.call import Call
 from greenjobs.control import Retry
 from greenjobs.current import Attempt, Place, database_rooms, enter_attempt
 from greenjobs.errors import JobControl, JobExpired, OptionError
 from greenjobs.events import Outcome
-from greenjobs.job import Call, Job
+from greenjobs.job import Job
 from greenjobs.policy import Verdict, judge
 from greenjobs.storage import ClaimedJob, NewJobs
 from greenjobs.testing.records import describe_call, readable_arguments, require_no_clash
@@ -121,6 +122,7 @@ def _run(attempt: Attempt) -> Ran:
     job, row = cast("Job[..., Any]", attempt.job), attempt.row
     enter_attempt(attempt)
     attempt.started = time.perf_counter()
+    events.publish(events.AttemptStarted(row.id, row.job_type, attempt.place.queue, attempt.number, row.waited))
     value, error, verdict = None, None, Verdict("done")
     try:
         if row.start_by is not None and time.monotonic() >= row.start_by:
