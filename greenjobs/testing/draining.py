@@ -125,7 +125,8 @@ class _Rehearsal:
         """Make this attempt, and write its outcome."""
         try:
             with self._shared(row):
-                ran = run_attempt(self._jobs[row.job_type], row, self._claimed_from, self._context)
+                job, ids = self._jobs[row.job_type], [self._runner]
+                ran = run_attempt(job, row, self._claimed_from, self._context, runner_ids=ids)
         except BaseException:
             if not self._connection.closed and not is_aborted(self._connection):
                 self.give_back(row)
