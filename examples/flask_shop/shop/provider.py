@@ -1,6 +1,6 @@
 """The payment provider, which is somebody else in real life. It charges nobody, and remembers what it was asked.
 
-    POST /provider/charges    Idempotency-Key: order-17    amount=15.80
+POST /provider/charges    Idempotency-Key: order-17    amount=15.80
 """
 
 from __future__ import annotations
