@@ -270,7 +270,7 @@ def test_procfile_serves_runs_and_prints_mails(empty_database_url: str, tmp_path
     web, mail = processes.free_port(), processes.free_port()
     environment = {"PORT": str(web), "FLASK_RUN_PORT": str(web)}
     shell = {name: f"exec env {command.replace(':8025', f':{mail}')}" for name, command in commands.items()}
-    serve(copied(tmp_path), empty_database_url, shell, {name: environment for name in commands}, (web, mail))
+    serve(copied(tmp_path), empty_database_url, shell, dict.fromkeys(commands, environment), web)
 
 
 def test_compose_file_serves_runs_and_prints_mails(empty_database_url: str, tmp_path: Path) -> None:
@@ -294,31 +294,23 @@ def test_compose_file_serves_runs_and_prints_mails(empty_database_url: str, tmp_
     environments = {
         name: {key: moved(value) for key, value in services[name]["environment"].items()} for name in commands
     }
-    serve(copied(tmp_path), empty_database_url, commands, environments, (web, mail))
+    serve(copied(tmp_path), empty_database_url, commands, environments, web)
 
 
 def serve(
-    folder: Path,
-    database_url: str,
-    commands: dict[str, str],
-    environments: dict[str, dict[str, str]],
-    ports: tuple[int, int],
+    folder: Path, database_url: str, commands: dict[str, str], environments: dict[str, dict[str, str]], port: int
 ) -> None:
     """Start these shell commands all at once, and see an order through to the mail; then stop them."""
-    web, mail = ports
     with contextlib.ExitStack() as stack:
-        started = {
-            name: stack.enter_context(
-                processes.start(
-                    "sh", "-c", command, folder=folder, database_url=database_url, environment=environments[name]
-                )
+        started = {}
+        for name, command in commands.items():
+            process = processes.start(
+                "sh", "-c", command, folder=folder, database_url=database_url, environment=environments[name]
             )
-            for name, command in commands.items()
-        }
-        for port in ports:
-            eventually(lambda port=port: answers(port), "it does not listen", seconds=60)  # type: ignore[misc]
-        requests.post(f"http://127.0.0.1:{web}/orders", ORDER, timeout=30).raise_for_status()
-        mails = next(process for name, process in started.items() if name.startswith("mail"))
+            started[name] = stack.enter_context(process)
+        eventually(lambda: answers(port), "it does not listen", seconds=processes.PATIENCE_SECONDS)
+        requests.post(f"http://127.0.0.1:{port}/orders", ORDER, timeout=30).raise_for_status()
+        (mails,) = [process for name, process in started.items() if name.startswith("mail")]
         mails.wait_for_line("^Subject: Your order 1$")
         for name in ("web", "runner"):
             started[name].terminate()

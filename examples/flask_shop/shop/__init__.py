@@ -1,7 +1,7 @@
 """A shop: a form places an order, a background job charges the customer, another one writes a mail.
 
-Plain synchronous code. `models` has the tables, `views` the pages, `jobs` what happens in the background; `payments` and
-`mail` talk to others, and `provider` plays one of these, for nobody here wants to be charged.
+Plain synchronous code. `models` has the tables, `views` the pages, `jobs` what happens in the background; `payments`
+and `mail` talk to others, and `provider` plays one of these, for nobody here wants to be charged.
 """
 
 from __future__ import annotations
