@@ -80,6 +80,23 @@ def test_job_that_leaves_its_transaction_open_fails_in_a_test_too(database: runn
         testing.perform(work)
 
 
+def test_drain_says_that_a_job_completes_on_another_connection_than_that_of_the_test(
+    database: running.Database,
+) -> None:
+    greenjobs.configure(database_url=database.url)
+
+    @job
+    def work() -> None:
+        with current_job.transaction() as connection:
+            note(connection, "never")
+
+    with connected(database) as connection, testing.using(connection):
+        work.delay()
+        with pytest.raises(testing.DrainError, match=r"current_job\.transaction\(connection\)"):
+            testing.drain()
+    assert database.column("SELECT text FROM notes") == []
+
+
 @pytest.mark.parametrize("mode", ["inline", "perform"])
 def test_transaction_of_a_job_that_is_nowhere_stored_commits(database: running.Database, mode: str) -> None:
     with connected(database) as connection:
