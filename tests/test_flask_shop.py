@@ -54,6 +54,16 @@ class Shop:
             (count,) = cursor.fetchone() or (0,)
             return int(count)
 
+    def wait_for(self, sql: str, *parameters: object) -> None:
+        """Block until the statement, which asks for one truth, says so."""
+        with databases.administration(self.database_url) as cursor:
+
+            def is_so() -> bool:
+                cursor.execute(sql, parameters or None)
+                return cursor.fetchone() == (True,)
+
+            eventually(is_so, f"{sql} {parameters}", seconds=processes.PATIENCE_SECONDS)
+
     def execute(self, sql: str) -> None:
         with databases.administration(self.database_url) as cursor:
             cursor.execute(sql)
@@ -110,7 +120,7 @@ def test_order_posted_in_one_process_is_charged_by_the_other(shop: Shop) -> None
     with shop.runner("--pool", "50") as runner:
         assert '<td class="waiting">waiting</td>' in shop.order().text
         runner.wait_for_line(r"^Mail to ann@example\.com: Your order 1: Thank you for ordering 2 × Notebook\.")
-        eventually(lambda: shop.count("background_jobs") == 0, "a job is still there", seconds=30)
+        shop.wait_for("SELECT count(*) = 0 FROM background_jobs")
         runner.terminate()
         assert runner.wait() == 0
         assert "WARNING" not in runner.output  # as of too few connections for so many jobs
@@ -203,18 +213,13 @@ def test_orders_are_charged_once_and_mailed_at_least_once_while_runners_are_kill
         shop.order(customer=f"customer-{number}@example.com").raise_for_status()
     with mailbox() as (mails, port):
         where = {"SHOP_SMTP": f"127.0.0.1:{port}"}
-        for booked in (5, 10):
+        for least in (5, 10):
             with shop.runner("--pool", "8", **where) as runner:
-                eventually(
-                    lambda least=booked: shop.count("shop_ledger") >= least,  # type: ignore[misc]
-                    "nothing is booked",
-                    seconds=processes.PATIENCE_SECONDS,
-                )
-                assert shop.count("background_jobs WHERE state = 'running'") > 0
+                shop.wait_for("SELECT count(*) >= %s FROM shop_ledger", least)
+                shop.wait_for("SELECT count(*) > 0 FROM background_jobs WHERE state = 'running'")
                 runner.kill()
         with shop.runner("--pool", "50", **where):
-            empty = "background_jobs"
-            eventually(lambda: shop.count(empty) == 0, "jobs are left", seconds=processes.PATIENCE_SECONDS)
+            shop.wait_for("SELECT count(*) = 0 FROM background_jobs")
         assert shop.count("shop_ledger") == shop.count("(SELECT DISTINCT order_id FROM shop_ledger) AS paid") == orders
         assert shop.count("shop_orders WHERE paid_at IS NOT NULL") == orders
         assert shop.count("provider_charges") == orders
