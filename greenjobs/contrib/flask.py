@@ -14,19 +14,20 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, appcontext_tearing_down, current_app, has_app_context
 from flask.cli import NoAppException, find_best_app
 
-from greenjobs import config
+from greenjobs import config, surroundings
 from greenjobs.contrib import scopes
 from greenjobs.contrib.flask_commands import group
 from greenjobs.contrib.joining import Sessions, session_extension
 from greenjobs.contrib.sqlalchemy import sqlalchemy_url
 from greenjobs.errors import ConfigError
+from greenjobs.surroundings import Surrounding
 
 if TYPE_CHECKING:
     from greenjobs.runner import Runner, RunnerHandle
@@ -43,6 +44,7 @@ _EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "http", "log_lev
 
 _extensions: weakref.WeakSet[GreenJobs] = weakref.WeakSet()
 _equipped: weakref.WeakSet[Equipment] = weakref.WeakSet()
+_latest: weakref.ref[Equipment] | None = None
 
 
 class GreenJobs:
@@ -64,6 +66,7 @@ class GreenJobs:
         appcontext_tearing_down.connect(_context_ends, app)
         equipment.adopt()
         scopes.install(_scope)
+        surroundings.of_application = _surroundings_in_tests
 
 
 class Equipment:
@@ -82,6 +85,8 @@ class Equipment:
 
     def adopt(self) -> None:
         """Let its settings be those of the process, where no other application is active."""
+        global _latest
+        _latest = weakref.ref(self)
         config.adopt(self._layer)
 
     def equip(self, runner: Runner) -> None:
@@ -168,6 +173,11 @@ def _active_connection(database_url: str, job: str) -> Any:
 
 
 _scope = scopes.Scope(scopes.FLASK, _active_settings, _active_connection)
+
+
+def _surroundings_in_tests() -> Sequence[Surrounding]:
+    equipment = _active() or (_latest() if _latest is not None else None)
+    return () if equipment is None else (equipment.context,)
 
 
 def _context_ends(app: Flask, exc: BaseException | None = None, **_: Any) -> None:
