@@ -16,6 +16,7 @@ import psycopg2
 import psycopg2.extras
 import pytest
 from running import Database, application, work_off
+from waiting import eventually
 
 import greenjobs
 from greenjobs import Discard, Retry, Snooze, current_job, events, job, jobs, testing
@@ -605,7 +606,7 @@ def test_drain_leaves_no_session_and_no_living_runner(database: Database) -> Non
     note.delay()
     testing.drain()
     assert database.value("SELECT count(*) FROM background_runners WHERE ended_at IS NULL") == 0
-    assert "greenjobs testing" not in database.sessions()
+    eventually(lambda: "greenjobs testing" not in database.sessions(), "the session is gone from the server")
 
 
 def test_drain_in_a_job_that_a_drain_runs_takes_the_others(database: Database) -> None:
@@ -914,7 +915,7 @@ def test_rolled_back_brings_its_own_connection(database: Database) -> None:
     assert connection.closed
     assert seen == ["gone"]
     assert database.count() == 0
-    assert database.sessions().count("greenjobs testing") == 0
+    eventually(lambda: "greenjobs testing" not in database.sessions(), "the connection is closed on the server, too")
 
 
 def test_outside_of_all_modes_nothing_is_different(database: Database) -> None:

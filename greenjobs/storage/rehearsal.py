@@ -126,22 +126,27 @@ RETURNING xmin::text
 """
 
 
-def set_savepoint(connection: Connection, job_id: int) -> str | None:
+def set_savepoint(connection: Connection, job_id: int, name: str = "greenjobs_attempt") -> str | None:
     """Mark the place in the transaction that `back_to_savepoint` goes back to; returns what `drop_savepoint` takes."""
-    _do(connection, "SAVEPOINT greenjobs_attempt")
+    _do(connection, f"SAVEPOINT {name}")
     return _touch(connection, job_id)
 
 
-def drop_savepoint(connection: Connection, job_id: int, mark: str | None) -> None:
+def drop_savepoint(connection: Connection, job_id: int, mark: str | None, name: str = "greenjobs_attempt") -> None:
     """Forget the place, unless it is gone, or later savepoints would go with it, such as those of a session that the
     job began and the test goes on with. Those that stay make every look at a row a little slower."""
     if mark is not None and _touch(connection, job_id) == mark:
-        _do(connection, "RELEASE SAVEPOINT greenjobs_attempt")
+        forget_savepoint(connection, name)
 
 
-def back_to_savepoint(connection: Connection) -> None:
+def back_to_savepoint(connection: Connection, name: str = "greenjobs_attempt") -> None:
     """Undo what was done since, if the savepoint is still there; raises InvalidSavepointSpecification if not."""
-    _do(connection, "ROLLBACK TO SAVEPOINT greenjobs_attempt")
+    _do(connection, f"ROLLBACK TO SAVEPOINT {name}")
+
+
+def forget_savepoint(connection: Connection, name: str) -> None:
+    """Forget a savepoint, and all that are later."""
+    _do(connection, f"RELEASE SAVEPOINT {name}")
 
 
 def _touch(connection: Connection, job_id: int) -> str | None:

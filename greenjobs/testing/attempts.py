@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from greenjobs import config, current, events, surroundings
+from greenjobs import config, current, events, lending, surroundings
 from greenjobs.call import Call
 from greenjobs.control import Retry
 from greenjobs.current import Attempt, Place, database_rooms, enter_attempt
@@ -19,6 +19,9 @@ from greenjobs.job import Job
 from greenjobs.policy import Verdict, judge
 from greenjobs.storage import ClaimedJob, NewJobs
 from greenjobs.testing.records import describe_call, readable_arguments, require_no_clash
+
+if TYPE_CHECKING:
+    from greenjobs.lending import JobPool
 
 # What is not in a database has an id all the same, one that no row of a test's database has.
 _ids = itertools.count(9_000_000_000_001)
@@ -100,10 +103,22 @@ def run_attempt(
     runner can interrupt a job. What ends the test and not the job, such as KeyboardInterrupt and pytest's own, is
     raised.
     """
+    return make(new_attempt(job, row, queue, context, runner_ids=runner_ids))
+
+
+def new_attempt(
+    job: Job[..., Any], row: ClaimedJob, queue: str, context: Any, *, runner_ids: Sequence[int] = ()
+) -> Attempt:
+    """The attempt that `run_attempt` makes."""
     of_application = surroundings.of_application
     around = (*surroundings.everywhere, *(of_application() if of_application is not None else ()))
-    place = Place(queue, context, cast("Any", AMBIENT), runner_ids, surroundings=around)
-    return Context().run(_run, Attempt(job, row, place, None))
+    place = Place(queue, context, cast("Any", AMBIENT), runner_ids, surroundings=around, lends=_job_pool)
+    return Attempt(job, row, place, None)
+
+
+def make(attempt: Attempt) -> Ran:
+    """Make it, as `run_attempt` does."""
+    return Context().run(_run, attempt)
 
 
 def new_row(new: NewJobs, data: str, *, id: int | None = None, retries: int = 0) -> ClaimedJob:
@@ -189,6 +204,11 @@ class _Ambient:
             return current.stage.lender(settings).connection()
         pool, _ = database_rooms()
         return pool.shared_pool(settings).connection()
+
+
+def _job_pool() -> JobPool:
+    settings = config.current()
+    return lending.job_pool(settings) if current.stage is None else current.stage.job_pool(settings)
 
 
 AMBIENT = _Ambient()

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from psycopg2 import extensions, extras
-
-from greenjobs import config, current, pool, storage
+from greenjobs import config, current, lending, pool, storage
 from greenjobs.current import lender
 from greenjobs.errors import JobNotEnded, OptionError
 from greenjobs.handle import Action, JobHandle
@@ -25,6 +23,7 @@ from greenjobs.job import Job
 from greenjobs.storage import NewJobs
 from greenjobs.testing import ledger
 from greenjobs.testing.attempts import Ran, new_row, next_id, run_attempt
+from greenjobs.testing.lent import SharedPool, plain_rows
 from greenjobs.testing.records import EnqueuedJob, readable_arguments
 from greenjobs.testing.tables import tables_needed
 
@@ -51,6 +50,13 @@ class _Stage:
 
     def lender(self, settings: config.Settings) -> pool.ConnectionPool:
         return pool.shared_pool(settings) if self.outer is None else self.outer.lender(settings)
+
+    @property
+    def is_unseen(self) -> bool:
+        return self.outer is not None and self.outer.is_unseen
+
+    def job_pool(self, settings: config.Settings) -> lending.JobPool:
+        return lending.job_pool(settings) if self.outer is None else self.outer.job_pool(settings)
 
 
 def _store(job: Job[..., Any], new: NewJobs, given: Any) -> list[JobHandle]:
@@ -267,6 +273,7 @@ class _Joined(_Stage):
     """All is done in the transaction of one connection, which stands for the pool of the process."""
 
     stores = True
+    is_unseen = True
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
@@ -279,6 +286,9 @@ class _Joined(_Stage):
     def lender(self, settings: config.Settings) -> Any:
         return _Lender(self)
 
+    def job_pool(self, settings: config.Settings) -> Any:
+        return SharedPool(self.connection)
+
 
 @dataclass(frozen=True, slots=True)
 class _Lender:
@@ -289,24 +299,6 @@ class _Lender:
         with plain_rows(self.of.connection) as connection:
             ledger.write_again(connection, self.of.ended)
             yield connection
-
-
-class _PlainCursor(extensions.cursor):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Django has the connections of its own leave jsonb as text.
-        extras.register_default_jsonb(self)
-
-
-@contextlib.contextmanager
-def plain_rows(connection: Connection) -> Iterator[Connection]:
-    """Have the cursors of a connection return tuples, and JSON as Python has it, whatever its owner has chosen."""
-    factory = connection.cursor_factory
-    connection.cursor_factory = _PlainCursor
-    try:
-        yield connection
-    finally:
-        connection.cursor_factory = factory
 
 
 @contextlib.contextmanager
