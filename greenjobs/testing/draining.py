@@ -160,10 +160,10 @@ class _Rehearsal:
         if self._joined is None:
             yield
             return
-        connection = self._connection
+        connection, claim = self._connection, rehearsal.Claim(row.id, self._runner)
         with plain_rows(connection):
             before = storage.transaction_id(connection)
-            mark = rehearsal.set_savepoint(connection, row.id)
+            mark = rehearsal.set_savepoint(connection, claim)
         yield
         if connection.closed:
             raise DrainError(f"job {row.id} ({row.job_type}) closed the connection that the test is using")
@@ -181,7 +181,7 @@ class _Rehearsal:
                     f'transaction with savepoints, such as SQLAlchemy\'s join_transaction_mode="create_savepoint", or '
                     f"drain without testing.using"
                 )
-            rehearsal.drop_savepoint(connection, row.id, mark)
+            rehearsal.drop_savepoint(connection, claim, mark)
 
 
 def _ahead_seconds() -> float:

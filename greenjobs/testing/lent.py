@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
 
-_NO_JOB = 0
+_UNCLAIMED = rehearsal.Claim(0, 0)
 
 _OF_THE_SESSION = frozenset({"autocommit", "isolation_level", "readonly", "deferrable"})
 
@@ -63,7 +63,9 @@ class SharedPool:
     def take(self) -> SharedConnection:
         """Begin a part of the transaction."""
         attempt = attempt_here()
-        return SharedConnection(self._connection, _NO_JOB if attempt is None else attempt.row.id)
+        if attempt is None or not attempt.place.runner_ids:
+            return SharedConnection(self._connection, _UNCLAIMED)
+        return SharedConnection(self._connection, rehearsal.Claim(attempt.row.id, attempt.place.runner_ids[0]))
 
     def give_back(self, connection: SharedConnection) -> None:
         """End it; what was not committed is undone."""
@@ -82,18 +84,18 @@ class SharedConnection:
 
     __slots__ = (
         "__weakref__",
+        "_claim",
         "_connection",
         "_is_closed",
-        "_job_id",
         "_mark",
         "_name",
         "cursor_factory",
         "is_completing",
     )
 
-    def __init__(self, connection: Connection, job_id: int) -> None:
+    def __init__(self, connection: Connection, claim: rehearsal.Claim) -> None:
         self._connection = connection
-        self._job_id = job_id
+        self._claim = claim
         self._name = f"greenjobs_lent_{next(_numbers)}"
         self._is_closed = False
         self.is_completing = False
@@ -153,7 +155,7 @@ class SharedConnection:
             self._undo()
         else:
             with plain_rows(self._connection):
-                rehearsal.drop_savepoint(self._connection, self._job_id, self._mark, self._name)
+                rehearsal.drop_savepoint(self._connection, self._claim, self._mark, self._name)
         self._begin()
 
     def rollback(self) -> None:
@@ -175,7 +177,7 @@ class SharedConnection:
 
     def _begin(self) -> None:
         with plain_rows(self._connection):
-            self._mark = rehearsal.set_savepoint(self._connection, self._job_id, self._name)
+            self._mark = rehearsal.set_savepoint(self._connection, self._claim, self._name)
 
     def _undo(self) -> None:
         with plain_rows(self._connection):
