@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import psycopg2
@@ -370,3 +371,20 @@ def test_waiting_for_a_job_that_no_runner_sees_says_so_at_once(connection: Any) 
     for wait in (handle.result, jobs.handle(handle.id).wait):
         with pytest.raises(JobNotEnded, match=r"is available, in the transaction of the test.*testing\.drain\(\)"):
             wait()
+
+
+# --- the clock --------------------------------------------------------------------------------------------------------
+
+
+def test_clock_goes_on_though_that_of_the_transaction_stands_still(connection: Any) -> None:
+    @job
+    def work() -> None: ...
+
+    assert notes(connection) == []  # with which it begins
+    before = datetime.now(timezone.utc)
+    work.options(run_at=before).delay()
+    work.options(delay=3600).delay()
+    assert [enqueued.run_at >= before + timedelta(hours=1) for enqueued in testing.enqueued_jobs()] == [False, True]
+    assert len(testing.drain()) == 1
+    with testing.travel(hours=1):
+        assert len(testing.drain()) == 1

@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
 
+_ELAPSED = """
+SELECT date_part('epoch', clock_timestamp() - now())
+"""
+
+
+def elapsed(connection: Connection) -> float:
+    """For how many seconds now() has stood still, as it does in a transaction."""
+    with connection.cursor() as cursor:
+        cursor.execute(_ELAPSED)
+        (seconds,) = cursor.fetchone() or (0.0,)
+    return float(seconds)
+
+
 _RIPEN = """
 UPDATE background_jobs
 SET state = 'available'

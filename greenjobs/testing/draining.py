@@ -71,7 +71,7 @@ def drain(
                 seconds = rehearsed.ripen_next()
                 if seconds is None:
                     return ran
-                clock.move(max(timedelta(seconds=seconds) - clock.ahead, timedelta()))
+                clock.move(timedelta(seconds=max(seconds - _ahead_seconds(), 0.0)))
                 continue
             if row is None:
                 return ran
@@ -185,7 +185,9 @@ class _Rehearsal:
 
 
 def _ahead_seconds() -> float:
-    return ahead(current.stage).total_seconds()
+    """By how much the clock of the test is ahead of now()."""
+    test = joined()
+    return ahead(current.stage).total_seconds() + (0.0 if test is None else test.elapsed_seconds())
 
 
 @contextlib.contextmanager

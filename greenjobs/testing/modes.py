@@ -20,7 +20,7 @@ from greenjobs.errors import JobNotEnded, OptionError
 from greenjobs.handle import Action, JobHandle
 from greenjobs.history import Look, Status
 from greenjobs.job import Job
-from greenjobs.storage import NewJobs
+from greenjobs.storage import NewJobs, rehearsal
 from greenjobs.testing import ledger
 from greenjobs.testing.attempts import Ran, new_row, next_id, run_attempt
 from greenjobs.testing.lent import SharedPool, plain_rows
@@ -61,7 +61,9 @@ class _Stage:
 
 def _store(job: Job[..., Any], new: NewJobs, given: Any) -> list[JobHandle]:
     """Enqueue as outside of tests, but for the clock; in one statement, however many they are."""
-    new, settings = _by_the_clock(new), config.current()
+    new, settings, test = _by_the_clock(new), config.current(), joined()
+    if test is not None and new.run_at is None and new.delay_seconds:
+        new = new._replace(delay_seconds=new.delay_seconds + test.elapsed_seconds())
     with tables_needed():
         if given is not None:
             enqueued = storage.enqueue_inside(pool.raw_connection(given), [new])
@@ -282,6 +284,13 @@ class _Joined(_Stage):
 
     def enqueue(self, job: Job[..., Any], new: NewJobs, *, connection: Any) -> list[JobHandle]:
         return _store(job, new, self.connection if connection is None else connection)
+
+    def elapsed_seconds(self) -> float:
+        """By how much the clock is ahead of the transaction, where it is always the time of its beginning."""
+        if ledger.is_aborted(self.connection):
+            return 0.0
+        with plain_rows(self.connection) as connection:
+            return rehearsal.elapsed(connection)
 
     def lender(self, settings: config.Settings) -> Any:
         return _Lender(self)
