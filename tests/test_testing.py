@@ -277,6 +277,14 @@ def test_recorded_job_for_later_says_when(no_database: None) -> None:
     assert [each.state for each in recorded.jobs] == ["scheduled", "scheduled"]
 
 
+def test_options_of_a_recorded_job_are_those_of_the_call(no_database: None) -> None:
+    note, _ = declare_recorder(keep="1d")
+    with testing.recording() as mode:
+        note.delay()
+        note.options(keep="2h", timeout=5).delay()
+    assert [call.options for call in mode.jobs] == [{}, {"keep": 7200.0, "timeout": 5}]
+
+
 def test_recorded_job_can_be_cancelled_once(no_database: None) -> None:
     note, _ = declare_recorder()
     with testing.recording() as recorded:

@@ -24,7 +24,7 @@ from greenjobs.storage import NewJobs, rehearsal
 from greenjobs.testing import ledger
 from greenjobs.testing.attempts import Ran, new_row, next_id, run_attempt
 from greenjobs.testing.lent import SharedPool, plain_rows
-from greenjobs.testing.records import EnqueuedJob, readable_arguments
+from greenjobs.testing.records import EnqueuedJob, options_of_call, readable_arguments
 from greenjobs.testing.tables import tables_needed
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def _enqueued(job: Job[..., Any], new: NewJobs, data: str, *, id: int) -> Enqueu
         priority=new.priority,
         run_at=run_at,
         state="scheduled" if is_later else "available",
-        options=json.loads(new.options) if new.options is not None else {},
+        options=options_of_call(job, None if new.options is None else json.loads(new.options)),
     )
 
 
