@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import gevent
 
+from greenjobs import application as applications
 from greenjobs import config, counts, inspection, migrate, pool
 from greenjobs.cli_counts import counts_command, print_rates
 from greenjobs.cli_jobs import jobs_group
@@ -25,7 +26,7 @@ from greenjobs.cli_schedules import schedules_group
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
-from greenjobs.loading import load_application
+from greenjobs.loading import application_name
 from greenjobs.redaction import redact
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
@@ -70,6 +71,9 @@ main.add_command(schedules_group)
     "max_crashes",
     "grace",
     "on_session_loss",
+    "max_blocking",
+    "threads",
+    "job_processes",
     "processes",
     "max_jobs",
     "max_memory",
@@ -113,6 +117,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
                 f"own; the most that one may have of it goes with its name, as in --queue bulk:10"
             )
         runner = Runner(url, context=application).register(*jobs.values())
+        runner.application = application_name(settings.app)
         if equipment is not None:
             equipment.equip(runner)
         for queue, options in _parse_queues(queues).items():
@@ -234,13 +239,7 @@ def _slots(options: Mapping[str, float]) -> str:
 def _load_application(name: str | None) -> tuple[Any, Equipment | None]:
     """The application, and what it has of greenjobs if it is one of Flask's that uses the extension."""
     try:
-        application = load_application(name)
-        if "greenjobs.contrib.flask" not in sys.modules:  # which needs Flask
-            return application, None
-        from greenjobs.contrib.flask import equipment_of
-
-        equipment = equipment_of(application, name or "")
-        return (application, None) if equipment is None else (equipment.app, equipment)
+        return applications.load(name)
     except GreenjobsError:
         raise
     except Exception:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import traceback
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
     from greenjobs.completion import Transaction
+    from greenjobs.elsewhere import CompletedElsewhere, ElsewhereCall
     from greenjobs.policy import Policy
     from greenjobs.pool import ConnectionPool
     from greenjobs.storage import ClaimedJob, NewJobs
@@ -73,10 +75,11 @@ class Declaration(Protocol):
 class Attempt:
     """One attempt of one job, while it runs. Made by the worker; shown by `current_job`.
 
-    `completion` is the transaction in which it completes, or has completed, if there is one.
+    `completion` is the transaction in which it completes, or has completed, if there is one. `elsewhere` is the call of
+    its function, where that is not in a greenlet of the event loop.
     """
 
-    __slots__ = ("completion", "greenlet", "interrupted_by", "job", "place", "report", "row", "started")
+    __slots__ = ("completion", "elsewhere", "greenlet", "interrupted_by", "job", "place", "report", "row", "started")
 
     def __init__(self, job: Declaration, row: ClaimedJob, place: Place, greenlet: Any) -> None:
         self.job = job
@@ -85,7 +88,8 @@ class Attempt:
         self.greenlet = greenlet
         self.started = 0.0
         self.interrupted_by: BaseException | None = None
-        self.completion: Transaction | None = None
+        self.completion: Transaction | CompletedElsewhere | None = None
+        self.elsewhere: ElsewhereCall | None = None
         self.report: Report | None = None
 
     @property
@@ -103,6 +107,12 @@ class Attempt:
             overrides = json.loads(self.row.options)
             soft, hard = overrides.get("timeout", soft), overrides.get("hard_timeout", hard)
         return None if soft is None and hard is None else (soft, hard)
+
+    def stack(self) -> str:
+        """Where its function stands, as text for people."""
+        if self.elsewhere is not None:
+            return self.elsewhere.stack()
+        return "".join(traceback.format_stack(self.greenlet.gr_frame))
 
     @property
     def number(self) -> int:
@@ -221,7 +231,7 @@ class CurrentJob:
         `total`, where that was an estimate; a message is cut after 500 characters. Raises OptionError.
         """
         attempt = _running()
-        (attempt.report or _begin_report(attempt)).say(done, total, message)
+        (attempt.report or begin_report(attempt)).say(done, total, message)
 
     @property
     def last_progress(self) -> Progress | None:
@@ -230,7 +240,7 @@ class CurrentJob:
         Asks the database, once, unless this attempt has said so itself, or is the first. Raises DatabaseUnavailable.
         """
         attempt = _running()
-        report = attempt.report or _begin_report(attempt)
+        report = attempt.report or begin_report(attempt)
         if report.progress is None and not report.former_is_known and attempt.row.attempt > 1:
             settings = config.current()
             pool, storage = database_rooms()
@@ -246,7 +256,7 @@ class CurrentJob:
         With @job(keep_log=True) the newest lines are kept on the row as well, as far as it is.
         """
         attempt = _running()
-        return (attempt.report or _begin_report(attempt)).log
+        return (attempt.report or begin_report(attempt)).log
 
 
 current_job = CurrentJob()
@@ -259,7 +269,8 @@ def _running() -> Attempt:
     return attempt
 
 
-def _begin_report(attempt: Attempt) -> Report:
+def begin_report(attempt: Attempt) -> Report:
+    """What the attempt says of itself, from now on."""
     row, place = attempt.row, attempt.place
     attempt.report = Report(
         id=row.id,

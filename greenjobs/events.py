@@ -60,6 +60,21 @@ class JobsEnqueued:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class LoopHeld:
+    """Something held the runner's event loop for `seconds`, longer than `max_blocking`, and has let go of it now.
+
+    `job_type`, `id` and `queue` are None where no job did, or nobody can say which; `stack` is where it stood, as text,
+    "" where nobody could see it. The handlers are called in the loop, afterwards.
+    """
+
+    job_type: str | None
+    id: int | None
+    queue: str | None
+    seconds: float
+    stack: str
+
+
 Event = TypeVar("Event")
 Handler = Callable[[AttemptEnded], None]
 
@@ -76,6 +91,7 @@ _handlers: dict[type, list[Any]] = {
     AttemptEnded: handlers,
     AttemptStarted: start_handlers,
     JobsEnqueued: enqueue_handlers,
+    LoopHeld: [],
 }
 
 
