@@ -26,7 +26,6 @@ from greenjobs.cli_schedules import schedules_group
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
-from greenjobs.loading import application_name
 from greenjobs.redaction import redact
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
@@ -117,7 +116,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
                 f"own; the most that one may have of it goes with its name, as in --queue bulk:10"
             )
         runner = Runner(url, context=application).register(*jobs.values())
-        runner.application = application_name(settings.app)
+        runner.application = settings.app or ""
         if equipment is not None:
             equipment.equip(runner)
         for queue, options in _parse_queues(queues).items():

@@ -16,7 +16,7 @@ def pack(message: Mapping[str, Any]) -> bytes:
 
 
 def unpack(read: Callable[[int], bytes]) -> dict[str, Any] | None:
-    """The next message, read by `read(at_most)`; None when the other side is gone, though it be in the middle of one."""
+    """The next message, read by `read(at_most)`; None when the other side is gone, in the middle of one, too."""
     head = _exactly(_LENGTH_BYTES, read)
     data = head and _exactly(int.from_bytes(head, "big"), read)
     return None if data is None else dict(json.loads(data))

@@ -83,7 +83,7 @@ def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
     """The application, and what surrounds its jobs; exits when it cannot be loaded, having said why."""
     try:
         configure(hello["settings"])
-        made, equipment = application.load(hello["application"])
+        made, equipment = application.load(hello["application"] or None)
     except GreenjobsError as error:
         sys.stderr.write(f"greenjobs: {error}\n")
         sys.exit(EXIT_MISTAKE)
@@ -109,9 +109,9 @@ class JobProcess:
         self._runner_name = runner_name
         self._orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._sending = threading.Lock()
-        self._inside: int | None = None
-        """The id of the job whose function runs at this moment."""
-        self._to_raise: tuple[int, BaseException] | None = None
+        self._inside: list[int] | None = None
+        """Whose function runs at this moment: the id and the claim of the job."""
+        self._to_raise: tuple[list[int], BaseException] | None = None
         self._relay = _Relay(self._say)
 
     def serve(self) -> None:
@@ -120,6 +120,7 @@ class JobProcess:
         threading.Thread(target=self._listen, daemon=True).start()
         self._say({"what": "up"})
         while (order := self._orders.get()) is not None:
+            self._say({"what": "begun", "id": order["row"][0]})
             self._say(Context().run(self._run, order))
 
     # --- the line -----------------------------------------------------------------------------------------------------
@@ -134,9 +135,9 @@ class JobProcess:
                 self._orders.put(message)
             else:
                 error = getattr(errors, message["error"], errors.JobInterrupted)(message["text"])
-                self._to_raise = (message["id"], error)
+                self._to_raise = told = (message["claim"], error)
                 signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
-                threading.Thread(target=self._insist, args=(self._to_raise,), daemon=True).start()
+                threading.Thread(target=self._insist, args=(told,), daemon=True).start()
         if self._inside is not None:  # what it runs is somebody else's by now, or will be
             os.kill(os.getpid(), signal.SIGKILL)
         self._orders.put(None)
@@ -145,11 +146,12 @@ class JobProcess:
 
     def _raise_it(self, *_: Any) -> None:
         """The handler of the signal, in the main thread, wherever that is."""
-        told, self._to_raise = self._to_raise, None
+        told = self._to_raise
         if told is not None and told[0] == self._inside:
+            self._to_raise = None
             raise told[1]
 
-    def _insist(self, told: tuple[int, BaseException]) -> None:
+    def _insist(self, told: tuple[list[int], BaseException]) -> None:
         time.sleep(_HEARING_SECONDS)
         if self._to_raise is told and "psycopg2" in sys.modules:
             _cancel_statements()
@@ -194,8 +196,9 @@ class JobProcess:
 
     def _call(self, job: Job[Any, Any], attempt: Attempt) -> Any:
         args, kwargs = job.codec.decode(attempt.row.data)
-        self._inside = attempt.row.id
+        self._inside = [attempt.row.id, attempt.row.attempt]
         try:
+            self._raise_it()  # what came before the job had begun
             return call_within(self._surroundings, job.function, args, kwargs)
         finally:
             self._inside = None

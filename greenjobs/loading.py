@@ -25,15 +25,10 @@ def load_application(given: str | None) -> Any:
     Raises ConfigError, which says what was looked for and where; errors of the application's own import come as they
     are.
     """
-    name = application_name(given)
+    name = given or os.environ.get("FLASK_APP") or _default_name()
     module_name, _, expression = name.partition(":")
     module = _import(_module_name(module_name), name)
     return _evaluate(module, expression, name) if expression else module
-
-
-def application_name(given: str | None) -> str:
-    """What `given` names, or what Flask would find; raises ConfigError."""
-    return given or os.environ.get("FLASK_APP") or _default_name()
 
 
 def _default_name() -> str:

@@ -160,8 +160,11 @@ class Processes(Annex):
         self._children.remove(child)
         if child in self._idle:
             self._idle.remove(child)
-        if child.call is not None:
+        if child.call is not None and (child.call.has_begun or child.call.attempt.interrupted_by is not None):
             child.call.fail(JobProcessDied(f"its process {child.pid} {_described(status)}", status=status))
+        elif child.call is not None:  # it died before the job came, which is for another one, then
+            child.call.child = None
+            self._awaiting.appendleft(child.call)
         if self._is_closed:
             return
         if child.has_been_up or child.is_leaving:
@@ -182,6 +185,7 @@ class _ProcessCall(ElsewhereCall):
         super().__init__()
         self.attempt = attempt
         self.child: _Child | None = None
+        self.has_begun = False
 
     def interrupt(self, error: BaseException) -> None:
         """There, and with the process if the job does not end by that."""
@@ -260,7 +264,9 @@ class _Child:
     def tell_to_raise(self, call: _ProcessCall, error: BaseException) -> None:
         """Have this error raised in the job, if it still runs."""
         if self.call is call:
-            self._say({"do": "raise", "id": call.attempt.row.id, "error": type(error).__name__, "text": str(error)})
+            row = call.attempt.row
+            claim = [row.id, row.attempt]
+            self._say({"do": "raise", "claim": claim, "error": type(error).__name__, "text": str(error)})
 
     def hang_up(self) -> None:
         """Let it end; returns at once."""
@@ -330,6 +336,8 @@ class _Child:
                 self._processes.note_up(self)
         elif call is None or message["id"] != call.attempt.row.id:
             return
+        elif what == "begun":
+            call.has_begun = True
         elif what == "said":
             (call.attempt.report or begin_report(call.attempt)).receive(message["document"])
         elif what == "ended":

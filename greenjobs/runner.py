@@ -68,7 +68,7 @@ class Runner:
         self.database_url: str = given.get("database_url") or self.settings.require_database_url()
         self.context = context
         self.application = self.settings.app
-        """What the processes of jobs are to load, as the setting `app` has it."""
+        """What the processes of jobs are to load, as the setting `app` has it; "": what Flask would find."""
         self._jobs: dict[str, Job[Any, Any]] = {}
         self._queues: dict[str, dict[str, Any]] = {}
         self._slots = self.settings.share
@@ -497,6 +497,8 @@ class RunnerHandle:
         self._counting.stop()
         self._acknowledger.stop()
         self._turns.stop()
+        # What is given back now may run elsewhere at once: here it must not go on in a process.
+        self._blocking.stop()
 
     def _spawn(self, loop: Callable[[], None]) -> gevent.Greenlet[..., None]:
         greenlet = gevent.spawn(loop)

@@ -216,6 +216,7 @@ class _Thread:
         # What was sent before there was a bell.
         bell.send()
         self._end.get()
+        self._bell = None
         bell.close()
         hub.destroy(destroy_loop=True)
 

@@ -80,7 +80,10 @@ class Watchdog:
         self._beat = 0.0
         self._lag = 0.0
         self._peaks: deque[tuple[float, float]] = deque()
-        self._held: Held | None = None
+        self._open: list[Held] = []
+        """Who has held the loop since its last turn, one after the other."""
+        self._looks = 0
+        """How often the thread has looked since then."""
         self._quiet: dict[str | None, tuple[float, int]] = {}
         self._lock = get_original("_thread", "allocate_lock")()
         self._timer: Any = None
@@ -104,7 +107,7 @@ class Watchdog:
 
     @property
     def lag(self) -> float:
-        """By how many seconds the loop is late with what is due; it can be asked from any thread, while it is held, too."""
+        """By how many seconds the loop is late with what is due. For any thread, and while it is held, too."""
         if self._timer is None:
             return 0.0
         return max(self._lag, time.perf_counter() - self._beat - self._interval)
@@ -121,15 +124,17 @@ class Watchdog:
         now = time.perf_counter()
         with self._lock:
             beat, self._beat = self._beat, now
-            held, self._held = self._held, None
+            over, self._open = self._open, []
+            looks, self._looks = self._looks, 0
         self._lag = lag = max(now - beat - self._interval, 0.0)
         self._note_peak(now, lag)
         # Well beyond it: just then the thread may have been about to look.
-        if held is None and self.max_blocking and lag > self.max_blocking + self._interval:
-            held = Held(None, beat + self._interval, "")
-        if held is not None:
+        if not over and self.max_blocking and lag > self.max_blocking + self._interval:
+            over = [Held(None, beat + self._interval, "")]
+        for held, following in zip(over, [*over[1:], None], strict=False):
+            end = now if following is None else following.began
             # Not here: handlers may wait.
-            gevent.spawn(self._report_end, held, now - held.began)
+            gevent.spawn(self._report_end, held, end - held.began, was_seen=looks > 0)
 
     def _note_peak(self, now: float, lag: float) -> None:
         peaks = self._peaks
@@ -139,14 +144,18 @@ class Watchdog:
             peaks.popleft()
         peaks.append((now, lag))
 
-    def _report_end(self, held: Held, seconds: float) -> None:
+    def _report_end(self, held: Held, seconds: float, *, was_seen: bool) -> None:
         attempt, job_type = held.attempt, held.job_type
         self.held[job_type] += 1
         if not held.stack and self._may_tell(None):
+            why = (
+                "several jobs one after the other, none of which held it for that long"
+                if was_seen
+                else "C code that lets no thread of Python's run meanwhile, or the whole process was stopped"
+            )
             logger.warning(
-                "the event loop was held for %.1f s, and it cannot be said by what: C code that lets no thread of "
-                "Python's run meanwhile, or the whole process was stopped%s",
-                *(seconds, self._left_out(None)),
+                "the event loop was held for %.1f s, and it cannot be said by which job: %s%s",
+                *(seconds, why, self._left_out(None)),
                 extra=held.log_keys(seconds),
             )
         elif held.is_told and attempt is not None:
@@ -176,15 +185,16 @@ class Watchdog:
         while self._timer is timer:
             beat, now = self._beat, time.perf_counter()
             pause = beat + self._interval + self.max_blocking - now
-            if pause <= 0 and self._held is None:
+            if pause <= 0:
+                pause = self._interval
                 self._look(beat)
-            pause = max(pause, self._interval)
             sleep(pause)
             # Who overslept, because the machine is busy or the process was stopped, cannot blame the loop for the same.
             if time.perf_counter() - now - pause > self.max_blocking / 2:
                 sleep(self._interval)
 
     def _look(self, beat: float) -> None:
+        self._looks += 1
         frame = sys._current_frames().get(self._loop_thread)
         if frame is None:
             return
@@ -193,13 +203,17 @@ class Watchdog:
         if found is not None:
             attempt, outermost = found
             # It has run on its own since it started, or let others run until about the last turn.
-            began = min(max(attempt.started, beat), began)
+            began = max(attempt.started, beat)
+        known = self._open[-1] if self._open else None
+        # Several jobs may have had their turn since the loop's last one: it takes one that holds it by itself.
+        if time.perf_counter() - began < self.max_blocking or (known is not None and known.attempt is attempt):
+            return
         held = Held(attempt, began, _stack_below(outermost, frame))
         del frame, outermost, found
         with self._lock:
             if self._beat != beat:  # it went on meanwhile
                 return
-            self._held = held
+            self._open.append(held)
             held.is_told = self._may_tell(held.job_type)
         if held.is_told:
             try:
