@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -145,3 +146,9 @@ def sleep(folder: str) -> None:
 
 @job
 def in_the_loop() -> None: ...
+
+
+@job(executor="process")
+def copy(text: str) -> None:
+    with greenjobs.connection() as connection, connection.cursor() as cursor:
+        cursor.copy_expert("COPY notes (text) FROM STDIN", io.StringIO(f"{text}\n"))

@@ -116,6 +116,11 @@ def test_job_enqueues_from_there(database: running.Database) -> None:
     eventually(lambda: database.column(database_rows) == ["from there"], "not enqueued", seconds=60)
 
 
+def test_copy_works_there(database: running.Database) -> None:
+    process_jobs.copy.delay("copied")
+    eventually(lambda: database.column("SELECT text FROM notes") == ["copied"], "not copied", seconds=60)
+
+
 # --- how it ends ------------------------------------------------------------------------------------------------------
 
 
