@@ -1,12 +1,13 @@
 """Where jobs run that are not for the event loop: threads, and processes. What the two have in common.
 
 An annex has room for so many at a time. A runner claims no more of such jobs than there is room for, so that what waits
-is left to other runners; those that came all the same, because two queues claimed at once, are put aside.
+is left to other runners; those that came all the same, by claims that do not ask for room, are put aside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +35,7 @@ class Annex:
     def __init__(self, size: int) -> None:
         self.size = size
         self.busy = 0
+        self._reserved = 0
         self._users: list[User] = []
 
     def join(self, user: User) -> None:
@@ -49,7 +51,16 @@ class Annex:
     @property
     def room(self) -> int:
         """How many jobs to claim, besides those that have been and are about to start."""
-        return self.free - sum(user.count_waiting(self) for user in self._users)
+        return self.free - self._reserved - sum(user.count_waiting(self) for user in self._users)
+
+    @contextlib.contextmanager
+    def reserved(self, room: int) -> Iterator[None]:
+        """Keep so much room, while jobs for it are claimed, from others that would claim for the same."""
+        self._reserved += room
+        try:
+            yield
+        finally:
+            self._reserved -= room
 
     def leave(self) -> None:
         """A job has ended that had come in by adding itself to `busy`."""

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import gevent
+from gevent.hub import Hub
 from gevent.monkey import get_original
 
 from greenjobs import events
@@ -151,7 +152,7 @@ class Watchdog:
             why = (
                 "several jobs one after the other, none of which held it for that long"
                 if was_seen
-                else "C code that lets no thread of Python's run meanwhile, or the whole process was stopped"
+                else "C code that lets no thread of Python's run, or the whole process was stopped, or had no processor"
             )
             logger.warning(
                 "the event loop was held for %.1f s, and it cannot be said by which job: %s%s",
@@ -194,10 +195,11 @@ class Watchdog:
                 sleep(self._interval)
 
     def _look(self, beat: float) -> None:
-        self._looks += 1
         frame = sys._current_frames().get(self._loop_thread)
-        if frame is None:
+        # In the loop itself it waits for the processor, and nobody holds it.
+        if frame is None or frame.f_code is Hub.run.__code__:
             return
+        self._looks += 1
         attempt, outermost, began = None, None, beat + self._interval
         found = self._find(frame)
         if found is not None:

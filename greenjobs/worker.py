@@ -331,7 +331,8 @@ class Worker:
         for annex, job_types in tuple(self._lanes.items()):
             room = min(limit - len(rows), annex.room)
             if room > 0:
-                rows += self._take(storage.claim, runner, may_exclude=False, limit=room, job_types=job_types)
+                with annex.reserved(room):
+                    rows += self._take(storage.claim, runner, may_exclude=False, limit=room, job_types=job_types)
         return rows
 
     def _claim_here(self, runner: int, limit: int) -> list[ClaimedJob]:
