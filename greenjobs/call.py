@@ -9,12 +9,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
 from greenjobs import config, current, events
 from greenjobs.current import database_rooms, joined, lender
-from greenjobs.errors import PayloadError, SchemaError
+from greenjobs.errors import AccessDenied, PayloadError, SchemaError
 from greenjobs.handle import JobHandle, note_transaction
+from greenjobs.holding import Held, Hold
 from greenjobs.surroundings import Enqueue, around_enqueues, enqueuing
 from greenjobs.uniqueness import Uniqueness
 
@@ -29,7 +31,9 @@ R = TypeVar("R")
 # As many jobs as go in one statement: 1,000 keep the statement under a few hundred kB and the round trips negligible.
 BATCH_SIZE = 1000
 
-_UNDEFINED_TABLE = "42P01"  # PostgreSQL's error code
+# PostgreSQL's error codes.
+_UNDEFINED_TABLE = "42P01"
+_INSUFFICIENT_PRIVILEGE = "42501"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +123,25 @@ class Call(Generic[P]):
         return Call(self._job, replace(self._options, overrides=overrides))._enqueue(config.current(), [data])[0]
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
+        given = self._transaction(settings)
+        if isinstance(given, Hold):
+            held = Held(self._job.name, len(data), partial(self._enqueue_held, settings, data))
+            given.take(held)
+            return held.handles
         if not around_enqueues:
-            handles = self._insert(settings, data)
+            handles = self._insert(settings, data, given)
         else:
             with enqueuing(Enqueue(self._job.name, self._queue, len(data))) as headers:
-                handles = self._with_headers(headers)._insert(settings, data)
+                handles = self._with_headers(headers)._insert(settings, data, given)
         if events.enqueue_handlers:
             count = sum(not handle.duplicate for handle in handles)
             if count:
                 events.publish(events.JobsEnqueued(self._job.name, self._queue, count))
         return handles
+
+    def _enqueue_held(self, settings: config.Settings, data: list[str], connection: Any) -> list[JobHandle]:
+        options = replace(self._options, connection=connection, independent=connection is None)
+        return Call(self._job, options)._enqueue(settings, data)
 
     @property
     def _queue(self) -> str:
@@ -140,14 +153,13 @@ class Call(Generic[P]):
         overrides = (*self._options.overrides, ("headers", headers))
         return Call(self._job, replace(self._options, overrides=overrides))
 
-    def _insert(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
+    def _insert(self, settings: config.Settings, data: list[str], given: Any) -> list[JobHandle]:
         pool, storage = database_rooms()
         if current.stage is not None:  # in the tests of an application
             new = self._new_jobs(storage, data)
             handles: list[JobHandle] = current.stage.enqueue(self._job, new, connection=self._options.connection)
             return handles
         try:
-            given = self._transaction(settings)
             if given is not None:
                 connection = pool.raw_connection(given)
                 # In autocommit every statement commits by itself, so all or nothing takes a single one.
@@ -157,7 +169,14 @@ class Call(Generic[P]):
                 with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
                     enqueued = storage.enqueue(connection, self._batches(storage, data, BATCH_SIZE))
         except Exception as error:
-            if getattr(error, "pgcode", None) != _UNDEFINED_TABLE:
+            code = getattr(error, "pgcode", None)
+            if code == _INSUFFICIENT_PRIVILEGE:
+                raise AccessDenied(
+                    f"{self._job.name} was not enqueued: {str(error).strip()}; the owner of the tables can give the "
+                    f"role the right to, with `greenjobs migrate --grant enqueue=ROLE`, or replace=ROLE as well where "
+                    f"jobs replace, extend or merge with others"
+                ) from error
+            if code != _UNDEFINED_TABLE:
                 raise
             raise SchemaError(
                 f"{self._job.name} was not enqueued: the tables of greenjobs are not in this database, or not in a "
@@ -171,10 +190,10 @@ class Call(Generic[P]):
 
     def _transaction(self, settings: config.Settings) -> Any:
         """What to enqueue on: what the call names, that in which the job that runs here completes, or the session of
-        the application; None for a connection of ours."""
+        the application; None for a connection of ours. A Hold, where the application has jobs held."""
         if self._options.connection is not None:
             return self._options.connection
-        if self._options.independent:
+        if self._options.independent or current.stage is not None:
             return None
         given = joined()
         if given is None and current.ambient is not None:

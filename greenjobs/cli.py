@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import itertools
 import json
 import logging
+import os
 import platform
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import gevent
 
-from greenjobs import application as applications
-from greenjobs import config, counts, inspection, migrate, pool
+from greenjobs import config, counts, grants, health, inspection, logs, migrate, pool
 from greenjobs.cli_counts import counts_command, print_rates
+from greenjobs.cli_health import health_command
 from greenjobs.cli_jobs import jobs_group
-from greenjobs.cli_options import configure, plain_errors, setting_options
+from greenjobs.cli_options import configure, plain_errors, setting_options, show
 from greenjobs.cli_queues import print_changed_queues, queues_group
 from greenjobs.cli_schedules import schedules_group
+from greenjobs.contrib import metrics_number
+from greenjobs.contrib.equipment import Equipment, load
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
+from greenjobs.metrics_folder import NUMBER
 from greenjobs.redaction import redact
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
 from greenjobs.supervisor import EXIT_MISTAKE
+from greenjobs.systemd import Notifier
 from greenjobs.version import __version__
 from greenjobs.worker import Worker
-
-if TYPE_CHECKING:
-    from greenjobs.contrib.flask import Equipment
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ def main() -> None:
 
 
 main.add_command(counts_command)
+main.add_command(health_command)
 main.add_command(jobs_group)
 main.add_command(queues_group)
 main.add_command(schedules_group)
@@ -76,8 +81,10 @@ main.add_command(schedules_group)
     "processes",
     "max_jobs",
     "max_memory",
+    "http",
     "default_queue",
     "log_level",
+    "log_format",
 )
 @click.option(
     "--queue", "queues", multiple=True, metavar=_QUEUE_FORM.split(",")[0], help=f"{_QUEUE_FORM}; again for more."
@@ -93,17 +100,21 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
     --app names it. With --processes, --max-jobs, --max-memory or --reload, a supervisor keeps the processes at work.
     """
     with plain_errors():
-        settings = configure(arguments)
+        settings = configure(arguments, loads_application=True)
         line = Line.open(settings)
+        if NUMBER in os.environ:  # before the application makes metrics
+            metrics_number.take()
+        notifier = Notifier.taken()
         if line is None and (reload or settings.needs_supervisor):
             raise ConfigError(
                 "processes, max_jobs, max_memory and --reload need a supervisor, which is there when the command is "
                 "`greenjobs run`, or `python -m greenjobs run`, and `run` its first argument"
             )
         application, equipment = _load_application(settings.app)
-        if equipment is not None:
-            equipment.adopt()
-            settings = config.current()
+        logs.settle()
+        for each in equipment:
+            each.adopt()
+        settings = config.current()
         url = settings.require_database_url()
         jobs = registered_jobs()
         if not jobs:
@@ -117,8 +128,8 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
             )
         runner = Runner(url, context=application).register(*jobs.values())
         runner.application = settings.app or ""
-        if equipment is not None:
-            equipment.equip(runner)
+        for each in equipment:
+            each.equip(runner)
         for queue, options in _parse_queues(queues).items():
             runner.configure_queue(queue, **options)
         if until_empty:
@@ -126,15 +137,20 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
         if line is not None:
             line.begin(settings)
         handle = runner.prepare()
-        # Before the start, in which jobs may begin: from then on a signal must not just end the process.
-        _handle_signals(handle)
-        handle.start()
-        _banner(url, handle, jobs)
-        if equipment is not None:
-            equipment.check(handle)
-        if line is not None:
-            line.report_up(handle)
-        handle.wait_for_shutdown()
+        http = settings.http if line is None else line.http
+        with health.serving(handle, http) as server, _measured(handle, settings):
+            # Before the start, in which jobs may begin: from then on a signal must not just end the process.
+            _handle_signals(handle)
+            handle.start()
+            if server is not None and line is None:
+                logger.info("http: %s", server.address)
+            _banner(url, handle, jobs)
+            for each in equipment:
+                each.check(handle)
+            if line is not None:
+                line.report_up(handle)
+            health.tell_systemd(handle, notifier, grace=settings.grace)
+            handle.wait_for_shutdown()
         logger.info("stopped")
         if handle.gave_up_jobs:
             sys.exit(EXIT_INTERRUPTED)
@@ -144,9 +160,19 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
 @setting_options("database_url", "session_url")
 @click.option("--check", is_flag=True, help="Change nothing; exit with 1 when something would be.")
 @click.option("--sql", is_flag=True, help="Print the SQL of all migrations, for those who migrate in another way.")
-def migrate_command(check: bool, sql: bool, **arguments: str | None) -> None:
+@click.option(
+    "--grant",
+    "grant_texts",
+    multiple=True,
+    metavar="RIGHT=ROLE",
+    help="Give a role of the database the right to enqueue, replace, run or read, and no more; again for more.",
+)
+def migrate_command(check: bool, sql: bool, grant_texts: tuple[str, ...], **arguments: str | None) -> None:
     """Bring the tables up to date. Any number of processes may do it at once; again is harmless."""
     with plain_errors():
+        wanted = grants.parse(grant_texts)
+        if wanted and (check or sql):
+            raise ConfigError("--grant changes the database, which neither --check nor --sql does; leave one out")
         if sql:
             click.echo(migrate.as_sql(), nl=False)
             return
@@ -159,8 +185,11 @@ def migrate_command(check: bool, sql: bool, **arguments: str | None) -> None:
             if missing:
                 sys.exit(1)
             click.echo("up to date")
-        elif not _migrate(url):
-            click.echo("up to date")
+        else:
+            if not _migrate(url, wanted):
+                click.echo("up to date")
+            for grant in wanted:
+                click.echo(f"{grant.role} may {grant.right}")
 
 
 @main.command()
@@ -235,20 +264,23 @@ def _slots(options: Mapping[str, float]) -> str:
     return f"{options['pool']:g} of {options['share']:g}" if "share" in options else f"{options['pool']:g}"
 
 
-def _load_application(name: str | None) -> tuple[Any, Equipment | None]:
-    """The application, and what it has of greenjobs if it is one of Flask's that uses the extension."""
+def _load_application(name: str | None) -> tuple[Any, list[Equipment]]:
+    """The application, and what it has of greenjobs."""
     try:
-        return applications.load(name)
+        return load(name)
     except GreenjobsError:
         raise
     except Exception:
         # The application's own mistake: its traceback says where, and the status, that another try is of no use.
-        traceback.print_exc()
+        if logs.writes_json():
+            logger.critical("the application cannot be loaded", exc_info=True)
+        else:
+            traceback.print_exc()
         sys.exit(EXIT_MISTAKE)
 
 
-def _migrate(url: str) -> list[str]:
-    applied = migrate.migrate(url)
+def _migrate(url: str, wanted: Sequence[grants.Grant] = ()) -> list[str]:
+    applied = migrate.migrate(url, grants=wanted)
     for label in applied:
         click.echo(f"applied {label}")
     return applied
@@ -277,6 +309,22 @@ def _parse_queue(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+@contextlib.contextmanager
+def _measured(handle: RunnerHandle, settings: config.Settings) -> Iterator[None]:
+    """Measure the runner where somebody may ask for it: over HTTP, or in a way of the application's own."""
+    is_asked_for = settings.http is not None or "greenjobs.contrib.prometheus" in sys.modules
+    if not is_asked_for or importlib.util.find_spec("prometheus_client") is None:
+        yield
+        return
+    from greenjobs.contrib import prometheus
+
+    watch = prometheus.watch(handle)
+    try:
+        yield
+    finally:
+        watch.stop()
+
+
 def _banner(url: str, handle: RunnerHandle, jobs: dict[str, Job[Any, Any]]) -> None:
     queues = ", ".join(_described(worker, handle.queues[queue]) for queue, worker in handle.workers.items())
     if handle.share is not None:
@@ -303,4 +351,4 @@ def _handle_signals(handle: RunnerHandle) -> None:
     # The terminal was closed, or the supervisor killed; nohup makes it ignored, and so it stays.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         gevent.signal_handler(signal.SIGHUP, lambda: handle.shutdown(urgency=1))
-    gevent.signal_handler(signal.SIGQUIT, lambda: click.echo(handle.stacks(), err=True))
+    gevent.signal_handler(signal.SIGQUIT, lambda: show(handle.stacks()))

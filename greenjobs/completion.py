@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import gevent
 
-from greenjobs import config, lending, pool, storage
+from greenjobs import config, djangodb, lending, pool, storage
 from greenjobs.errors import CompletionError, JobLost, SchemaError
 from greenjobs.keeping import keep_seconds
 from greenjobs.storage import ClaimedJob, Fence
@@ -88,6 +88,7 @@ class Transaction:
         self._lent: lending.JobConnection | None = None
         self._pool: lending.JobPool | None = None
         self._number: int | None = None
+        self._block: djangodb.AtomicBlock | None = None
 
     # --- what the executor and enqueuing ask --------------------------------------------------------------------------
 
@@ -129,7 +130,13 @@ class Transaction:
             connection.is_completing = True
             self._lent = connection
         else:
-            self._number = storage.transaction_id(self._shared())
+            self._block = djangodb.begin(self._given)
+            try:
+                self._number = storage.transaction_id(self._shared())
+            except BaseException:
+                if self._block is not None:
+                    self._block.rollback()
+                raise
         self._state = _State.OPEN
         self._attempt.completion = self
         return self._given if self._lent is None else self._lent
@@ -262,7 +269,7 @@ class Transaction:
 
     def _end_given(self, how: str) -> None:
         """Commit or roll back through what the job gave, if it does such things: a session has own ideas about it."""
-        end = getattr(self._given, how, None)
+        end = getattr(self._block or self._given, how, None)
         if not callable(end):  # a cursor
             end = getattr(pool.raw_connection(self._given), how)
         end()

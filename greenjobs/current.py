@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from greenjobs import config
@@ -108,11 +109,17 @@ class Attempt:
             soft, hard = overrides.get("timeout", soft), overrides.get("hard_timeout", hard)
         return None if soft is None and hard is None else (soft, hard)
 
+    def frame(self) -> FrameType | None:
+        """Where its function stands at this moment; None where that is not in this process."""
+        frame: FrameType | None = self.greenlet.gr_frame if self.elsewhere is None else self.elsewhere.frame()
+        return frame
+
     def stack(self) -> str:
-        """Where its function stands, as text for people."""
-        if self.elsewhere is not None:
-            return self.elsewhere.stack()
-        return "".join(traceback.format_stack(self.greenlet.gr_frame))
+        """The same, as text for people."""
+        frame = self.frame()
+        if frame is None and self.elsewhere is not None:
+            return self.elsewhere.where
+        return "".join(traceback.format_stack(frame))
 
     @property
     def number(self) -> int:
@@ -124,6 +131,11 @@ _attempt: ContextVar[Attempt] = ContextVar("greenjobs_attempt")
 
 #: For the worker, which calls it first thing in the greenlet and the context of the job.
 enter_attempt = _attempt.set
+
+
+def attempt_here() -> Attempt | None:
+    """The attempt that runs in this greenlet, or thread; None outside of a job."""
+    return _attempt.get(None)
 
 
 class CurrentJob:
@@ -217,9 +229,10 @@ class CurrentJob:
         """A `with` block at whose end the job completes, in one transaction with all that was written in the block.
 
         Yields a psycopg2 connection from the pool for job code; or `connection`, as for `.options(connection=…)`, of
-        the caller's. Jobs that are enqueued in the block are part of it. An error rolls back, and fails the attempt
-        like any other. Raises JobLost when the job is somebody else's by then, CompletionError when it has completed
-        already, and whatever the database says; in all cases nothing was written, unless the answer to COMMIT was lost.
+        the caller's; on one of Django's the block is one of `atomic()`. Jobs that are enqueued in the block are part of
+        it. An error rolls back, and fails the attempt like any other. Raises JobLost when the job is somebody else's by
+        then, CompletionError when it has completed already, and whatever the database says; in all cases nothing was
+        written, unless the answer to COMMIT was lost.
         """
         return completion_room().Transaction(_running(), connection)  # type: ignore[no-any-return]
 
@@ -340,7 +353,7 @@ def joined() -> Any:
 
 ambient: Callable[[str, str], Any] | None = None
 """Set by greenjobs.contrib: given the database URL and the name of a job, what a call that names no connection is to be
-enqueued on, as for `.options(connection=…)`; None for a connection of ours."""
+enqueued on, as for `.options(connection=…)`; None for a connection of ours, a greenjobs.holding.Hold for later."""
 
 
 def lender(settings: config.Settings) -> ConnectionPool:

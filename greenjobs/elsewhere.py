@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 from gevent.event import Event
@@ -39,9 +40,14 @@ class ElsewhereCall:
         """Raise this error in the function; returns at once. To be called in the event loop's hub."""
         raise NotImplementedError
 
-    def stack(self) -> str:
-        """Where it stands, as text for people."""
-        raise NotImplementedError
+    def frame(self) -> FrameType | None:
+        """Where it stands at this moment, if it is in this process, and has begun."""
+        return None
+
+    @property
+    def where(self) -> str:
+        """What people are told in place of that."""
+        return "(it is about to begin)"
 
 
 class CompletedElsewhere:

@@ -48,6 +48,10 @@ class SchemaError(GreenjobsError):
     """The tables are missing, older than this release, or not what a migration left behind; says what to type."""
 
 
+class AccessDenied(GreenjobsError):
+    """The role of the database may not do what was asked of it; says which right it lacks."""
+
+
 class EmbeddedServerError(GreenjobsError):
     """The embedded PostgreSQL server cannot be found or started."""
 
@@ -114,6 +118,10 @@ class JobNotCommitted(GreenjobsError):
     def __init__(self, message: str, *, id: int) -> None:
         super().__init__(message)
         self.id = id
+
+
+class JobHeld(GreenjobsError):
+    """The handle of a job was asked for what a job has when it is enqueued, and this one is held until later."""
 
 
 class JobFailed(GreenjobsError):

@@ -22,10 +22,11 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextvars import Context
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
-from greenjobs import application, config, errors, pool, surroundings
+from greenjobs import config, errors, logs, pool, surroundings
 from greenjobs.cli_options import configure
+from greenjobs.contrib import equipment
 from greenjobs.current import Attempt, Place, enter_attempt
 from greenjobs.error_record import error_record
 from greenjobs.errors import GreenjobsError
@@ -82,19 +83,32 @@ def _end_with(parent: int) -> None:
 def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
     """The application, and what surrounds its jobs; exits when it cannot be loaded, having said why."""
     try:
-        configure(hello["settings"])
-        made, equipment = application.load(hello["application"] or None)
+        configure(hello["settings"], loads_application=True)
+        found, equipped = equipment.load(hello["application"] or None)
     except GreenjobsError as error:
         sys.stderr.write(f"greenjobs: {error}\n")
         sys.exit(EXIT_MISTAKE)
     except Exception:  # the application's own mistake: its traceback says where
         traceback.print_exc()
         sys.exit(EXIT_MISTAKE)
-    around = tuple(surroundings.everywhere)
-    if equipment is not None:
-        equipment.adopt()
-        around = (*around, equipment.context)
-    return made, around
+    logs.settle()
+    logs.note_runner(hello["runner_name"])
+    around = _Around()
+    for each in equipped:
+        each.adopt()
+        each.equip(cast("Any", around))
+    return found, (*surroundings.everywhere, *around.surroundings)
+
+
+class _Around:
+    """Takes the place of the runner where an application says what is around its jobs."""
+
+    def __init__(self) -> None:
+        self.surroundings: list[Surrounding] = []
+
+    def surround(self, make: Surrounding) -> None:
+        """As Runner.surround."""
+        self.surroundings.append(make)
 
 
 class JobProcess:

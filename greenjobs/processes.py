@@ -198,11 +198,10 @@ class _ProcessCall(ElsewhereCall):
         if isinstance(error, JobControl):
             gevent.spawn_later(_TIDY_SECONDS, self._kill)
 
-    def stack(self) -> str:
-        """Only the process itself could say that."""
-        if self.child is None:
-            return "(its process is about to begin)\n"
-        return f"(in process {self.child.pid}, which prints it on SIGQUIT)\n"
+    @property
+    def where(self) -> str:
+        """Only the process itself could say more."""
+        return super().where if self.child is None else f"(in process {self.child.pid}, which prints it on SIGQUIT)"
 
     def fail(self, error: BaseException) -> None:
         """End with an error of this process."""

@@ -12,14 +12,14 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import gevent
 import psycopg2
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
-from greenjobs import config, green, inspection, migrate, pool, storage, surroundings
+from greenjobs import config, green, inspection, lending, logs, migrate, pool, storage, surroundings
 from greenjobs.acknowledger import Acknowledger
 from greenjobs.blocking import Blocking, check_application
 from greenjobs.counting import Counting
@@ -41,9 +41,13 @@ from greenjobs.worker import Worker
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
+    from greenjobs.current import Attempt
     from greenjobs.inspection import QueueSetting
+    from greenjobs.pool import ConnectionPool
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 _CONNECT_SECONDS = 10.0
 
@@ -247,6 +251,13 @@ class RunnerHandle:
         self._suspects = BoundedSemaphore()
         self._error: BaseException | None = None
         enqueue_pool = pool.shared_pool(runner.settings, runner.database_url)
+        self.pools: Mapping[str, ConnectionPool] = {
+            "runner": self._service.pool,
+            "enqueue": enqueue_pool,
+            "job": lending.job_pool(runner.settings, runner.database_url),
+        }
+        """The connections of this process to the database, by what they are for."""
+        self.on_outcomes_written = self._acknowledger.on_written
         self._said_of_queues: Mapping[str, QueueSetting] = {}
         weights = [options["weight"] for options in queues.values() if "weight" in options]
         slots = next((options["share"] for options in queues.values() if "share" in options), None)
@@ -308,9 +319,31 @@ class RunnerHandle:
         """How many jobs have run to their end here, well or not, since the runner was started."""
         return sum(worker.finished for worker in self.workers.values())
 
+    @property
+    def rescued_jobs(self) -> int:
+        """How many jobs it has taken back from runners that died."""
+        return self._maintenance.rescued
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return bool(self._shutdown_asked.is_set())
+
+    def wait_until_stopping(self, timeout: float | None = None) -> bool:
+        """Block until the runner is told to stop, `timeout` seconds at most; whether it was."""
+        return bool(self._shutdown_asked.wait(timeout))
+
+    def attempts(self) -> list[Attempt]:
+        """What runs at this moment."""
+        return [attempt for worker in self.workers.values() for attempt in worker.running.values()]
+
+    def ask(self, statement: Callable[[Connection], R]) -> R:
+        """`statement(connection)`, on a connection of the runner's own; tried once."""
+        return self._service.once(statement)
+
     def stacks(self) -> str:
         """Where every job of this runner stands at this moment, as text for people."""
-        attempts = [attempt for worker in self.workers.values() for attempt in worker.running.values()]
+        attempts = self.attempts()
         parts = [f"{self.name} runs {len(attempts)} jobs"]
         for attempt in attempts:
             seconds = time.perf_counter() - attempt.started
@@ -380,6 +413,7 @@ class RunnerHandle:
 
     def start(self) -> None:
         """Start; see Runner.start. One that was told to stop meanwhile starts, and stops in good order."""
+        logs.note_runner(self.name)
         try:
             with self._service.pool.connection() as connection:
                 migrate.require_current(connection)
@@ -434,6 +468,7 @@ class RunnerHandle:
                 self._wait_until_empty()
             else:
                 self._shutdown_asked.wait()
+            self._shutdown_asked.set()  # where nobody asked, because it is empty: it claims no more all the same
             self._drain()
         except BaseException as error:  # reported to whoever waits for the runner
             self._error = error

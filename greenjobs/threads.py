@@ -12,9 +12,9 @@ import ctypes
 import functools
 import os
 import sys
-import traceback
 from collections import deque
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import gevent
@@ -123,10 +123,11 @@ class _ThreadCall(ElsewhereCall):
                 self._told.add(id(error))
                 _raise_in_thread(self.thread.ident, _raising(error))
 
-    def stack(self) -> str:
+    def frame(self) -> FrameType | None:
         """That of its greenlet, or of the thread, while it computes."""
-        frame = self._greenlet and self._greenlet.gr_frame or sys._current_frames().get(self.thread.ident)
-        return "".join(traceback.format_stack(frame)) if frame is not None else "(its thread is about to begin)\n"
+        if self._greenlet is None:
+            return None
+        return self._greenlet.gr_frame or sys._current_frames().get(self.thread.ident)
 
     # --- in the thread ------------------------------------------------------------------------------------------------
 
