@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import gevent
 from gevent.monkey import get_original
 
-from greenjobs import supervisor
+from greenjobs import order, supervisor
 from greenjobs.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Line:
     @classmethod
     def open(cls, settings: Settings) -> Line | None:
         """The line to the supervisor of this process, None when it has none; exits if it is gone already."""
-        given = os.environ.pop(supervisor.SUPERVISED, None)
+        given = os.environ.pop(order.SUPERVISED, None)
         http = os.environ.pop(supervisor.SUPERVISED_HTTP, None)
         if given is None:
             return None
