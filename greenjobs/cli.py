@@ -18,14 +18,14 @@ import gevent
 
 from greenjobs import config, counts, inspection, migrate, pool
 from greenjobs.cli_counts import counts_command, print_rates
+from greenjobs.cli_doctor import doctor_command, warn_at_start
 from greenjobs.cli_jobs import jobs_group
-from greenjobs.cli_options import configure, plain_errors, setting_options
+from greenjobs.cli_options import configure, find_application, plain_errors, setting_options
 from greenjobs.cli_queues import print_changed_queues, queues_group
 from greenjobs.cli_schedules import schedules_group
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
-from greenjobs.loading import load_application
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
 from greenjobs.supervisor import EXIT_MISTAKE
@@ -50,6 +50,7 @@ def main() -> None:
 
 
 main.add_command(counts_command)
+main.add_command(doctor_command)
 main.add_command(jobs_group)
 main.add_command(queues_group)
 main.add_command(schedules_group)
@@ -125,6 +126,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
         _handle_signals(handle)
         handle.start()
         _banner(url, handle, jobs)
+        warn_at_start(settings, jobs)
         if equipment is not None:
             equipment.check(handle)
         if line is not None:
@@ -233,13 +235,7 @@ def _slots(options: Mapping[str, float]) -> str:
 def _load_application(name: str | None) -> tuple[Any, Equipment | None]:
     """The application, and what it has of greenjobs if it is one of Flask's that uses the extension."""
     try:
-        application = load_application(name)
-        if "greenjobs.contrib.flask" not in sys.modules:  # which needs Flask
-            return application, None
-        from greenjobs.contrib.flask import equipment_of
-
-        equipment = equipment_of(application, name or "")
-        return (application, None) if equipment is None else (equipment.app, equipment)
+        return find_application(name)
     except GreenjobsError:
         raise
     except Exception:

@@ -6,14 +6,18 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import psycopg2
 
 from greenjobs import config
 from greenjobs.errors import GreenjobsError
+from greenjobs.loading import load_application
 from greenjobs.supervisor import EXIT_MISTAKE, LOG_FORMAT
+
+if TYPE_CHECKING:
+    from greenjobs.contrib.flask import Equipment
 
 Command = Callable[..., Any]
 
@@ -38,6 +42,20 @@ def configure(arguments: dict[str, str | None]) -> config.Settings:
     if not logging.getLogger().handlers:
         logging.basicConfig(level=settings.log_level, format=LOG_FORMAT, stream=sys.stderr)
     return settings
+
+
+def find_application(name: str | None) -> tuple[Any, Equipment | None]:
+    """The application, and what it has of greenjobs if it is one of Flask's that uses the extension.
+
+    Raises ConfigError when there is none, and whatever the application raises.
+    """
+    application = load_application(name)
+    if "greenjobs.contrib.flask" not in sys.modules:  # which needs Flask
+        return application, None
+    from greenjobs.contrib.flask import equipment_of
+
+    equipment = equipment_of(application, name or "")
+    return (application, None) if equipment is None else (equipment.app, equipment)
 
 
 @contextlib.contextmanager

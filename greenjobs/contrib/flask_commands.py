@@ -10,6 +10,9 @@ from pathlib import Path
 import click
 from flask.cli import ScriptInfo
 
+# What runs jobs, or says how they would run.
+_ELSEWHERE = ("run", "doctor")
+
 
 class _Commands(click.Group):
     """Those of the command line of greenjobs, looked up when one is typed.
@@ -22,7 +25,7 @@ class _Commands(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         command = _main().get_command(context, name)
-        return command if name != "run" or command is None else _run_elsewhere(command)
+        return command if name not in _ELSEWHERE or command is None else _run_elsewhere(name, command)
 
 
 def _main() -> click.Group:
@@ -34,7 +37,7 @@ def _main() -> click.Group:
 group = _Commands("greenjobs", help="Background jobs: run them, look at them, bring their tables up to date.")
 
 
-def _run_elsewhere(command: click.Command) -> click.Command:
+def _run_elsewhere(name: str, command: click.Command) -> click.Command:
     @click.pass_context
     def run(context: click.Context) -> None:
         arguments = list(context.args)
@@ -43,10 +46,10 @@ def _run_elsewhere(command: click.Command) -> click.Command:
         sys.stdout.flush()
         sys.stderr.flush()
         # The `flask` command has imported the application, and much else, before gevent could patch any of it.
-        os.execv(sys.executable, [sys.executable, "-m", "greenjobs", "run", *arguments])
+        os.execv(sys.executable, [sys.executable, "-m", "greenjobs", name, *arguments])
 
     return click.Command(
-        "run",
+        name,
         callback=run,
         short_help=command.get_short_help_str(),
         add_help_option=False,
@@ -63,7 +66,7 @@ def _application_name(context: click.Context) -> str:
         return name
     if info is not None and info.create_app is not None:
         raise click.UsageError(
-            "this command was given its application as an object, and a runner needs a fresh interpreter that can "
+            "this command was given its application as an object, and jobs need a fresh interpreter that can "
             "import it; name it, as in --app 'myapp:create_app()', or type `greenjobs run --app …`"
         )
     return next((file for file in ("wsgi.py", "app.py") if Path(file).is_file()), "app.py")
