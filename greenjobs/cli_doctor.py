@@ -37,8 +37,9 @@ _LEVEL_WIDTH = max(map(len, _COLOURS))
 @click.command("doctor")
 @setting_options("app", "database_url", "session_url", "session", "pool", "share", "processes")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.option("--only", multiple=True, metavar="CHECK", help="Make this check, and what it needs; again for more.")
 @click.option("--strict", is_flag=True, help="Exit with 1 also when there is nothing worse than warnings.")
-def doctor_command(as_json: bool, strict: bool, **arguments: str | None) -> None:
+def doctor_command(as_json: bool, only: tuple[str, ...], strict: bool, **arguments: str | None) -> None:
     """Look whether all that jobs need is there and works, and say what to do where it is not.
 
     Give it the options, the environment and the folder that runners get. It changes nothing. The exit status is 1 when
@@ -47,7 +48,7 @@ def doctor_command(as_json: bool, strict: bool, **arguments: str | None) -> None
     with plain_errors():
         settings = configure(arguments)
         application, settings = _application(settings)
-        findings = examine(settings, application)
+        findings = examine(settings, application, only=only)
         levels = _print_json(findings) if as_json else _print(findings)
     if "fail" in levels or (strict and "warn" in levels):
         sys.exit(EXIT_FOUND)

@@ -125,8 +125,8 @@ class Equipment:
                 where = f'SQLALCHEMY_BINDS["{key}"]' if key is not None else "SQLALCHEMY_ENGINE_OPTIONS"
                 said.append(
                     f"up to {jobs} jobs run here at a time, and SQLAlchemy lends them {most} connections (pool_size "
-                    f"and max_overflow) of the engine {key or 'default'!r}: the others wait for one, for 30 s by default, "
-                    f'and then fail; put "pool_size": {jobs} into {where}, or run fewer at a time (--pool)'
+                    f"and max_overflow) of the engine {key or 'default'!r}: the others wait for one, for 30 s by "
+                    f'default, and then fail; put "pool_size": {jobs} into {where}, or run fewer at a time (--pool)'
                 )
         return said
 

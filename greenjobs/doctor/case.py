@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from greenjobs.job import Job
     from greenjobs.statement import PlanningConnection
 
-CONNECT_SECONDS = 5.0
-
 # Where a pooler is in between they are not made; every check has a deadline of its own, too.
 _SESSION = {
     "default_transaction_read_only": "on",
@@ -84,7 +82,7 @@ class Case:
         connection = self._connections.get(purpose)
         if connection is None or connection.closed:
             connection = self._connections[purpose] = pool.connect(
-                url, application_name="greenjobs doctor", timeout_seconds=CONNECT_SECONDS, session=_SESSION
+                url, application_name="greenjobs doctor", timeout_seconds=self.limits.connect_seconds, session=_SESSION
             )
         return connection
 

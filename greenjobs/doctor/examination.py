@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import gevent
 import psycopg2
@@ -12,7 +12,7 @@ from greenjobs.config import Settings
 from greenjobs.doctor import process, server, upkeep, waiting
 from greenjobs.doctor.case import Application, Case, Check
 from greenjobs.doctor.finding import Finding, Limits, Verdict, fail, skipped
-from greenjobs.errors import GreenjobsError
+from greenjobs.errors import GreenjobsError, OptionError
 
 AREAS: dict[str, tuple[Check, ...]] = {
     "process": process.CHECKS,
@@ -23,27 +23,19 @@ AREAS: dict[str, tuple[Check, ...]] = {
 
 
 def examine(
-    settings: Settings, application: Application | None = None, *, limits: Limits | None = None
+    settings: Settings,
+    application: Application | None = None,
+    *,
+    only: Collection[str] = (),
+    limits: Limits | None = None,
 ) -> Iterator[Finding]:
-    """Make every check; what each found comes as soon as it is known. Raises nothing for what is broken."""
+    """Make every check, or those of these names and what they need; what one found comes as soon as it is known.
+
+    Raises OptionError for a name that no check has, and nothing for what is broken.
+    """
+    chosen = _with_needs(only)
     case = Case(settings, application or Application(), limits or Limits())
-    ends_at = time.monotonic() + case.limits.total_seconds
-    levels: dict[str, str] = {}
-    try:
-        for area, checks in AREAS.items():
-            for check in checks:
-                # What was skipped because of another is told of that one, where it all began.
-                missed = next((need for need in check.needs if levels.get(need) in ("fail", "skipped")), None)
-                if missed is not None:
-                    verdict = skipped(f"see {missed!r}")
-                elif time.monotonic() > ends_at:
-                    verdict = skipped(f"the examination has taken {case.limits.total_seconds:g} s already")
-                else:
-                    verdict = _look(check, case)
-                levels[check.name] = verdict.level
-                yield Finding(check.name, area, verdict.level, verdict.message, verdict.remedy)
-    finally:
-        case.close()
+    return _examine(case, [(area, check) for area, checks in AREAS.items() for check in checks if check.name in chosen])
 
 
 def at_start(settings: Settings, application: Application) -> list[Finding]:
@@ -55,6 +47,39 @@ def at_start(settings: Settings, application: Application) -> list[Finding]:
         for check, verdict in found
         if verdict.level in ("warn", "fail")
     ]
+
+
+def _with_needs(only: Collection[str]) -> set[str]:
+    checks = {check.name: check for area in AREAS.values() for check in area}
+    if not only:
+        return set(checks)
+    chosen, left = set[str](), list(only)
+    while left:
+        name = left.pop()
+        if name not in checks:
+            raise OptionError(f"there is no check {name!r}; the names are {', '.join(checks)}")
+        chosen.add(name)
+        left += checks[name].needs
+    return chosen
+
+
+def _examine(case: Case, checks: Sequence[tuple[str, Check]]) -> Iterator[Finding]:
+    ends_at = time.monotonic() + case.limits.total_seconds
+    blamed: dict[str, str] = {}  # of checks that do not hold, the one where it all began
+    try:
+        for area, check in checks:
+            cause = next((blamed[need] for need in check.needs if need in blamed), None)
+            if cause is not None:
+                verdict = skipped(f"see {cause!r}")
+            elif time.monotonic() > ends_at:
+                verdict = skipped(f"the examination has taken {case.limits.total_seconds:g} s already")
+            else:
+                verdict = _look(check, case)
+            if verdict.level in ("fail", "skipped"):
+                blamed[check.name] = cause or check.name
+            yield Finding(check.name, area, verdict.level, verdict.message, verdict.remedy)
+    finally:
+        case.close()
 
 
 def _look(check: Check, case: Case) -> Verdict:

@@ -54,6 +54,7 @@ class Limits:
 
     total_seconds: float = 30.0
     """The whole examination; what has not been looked at by then is skipped."""
+    connect_seconds: float = 5.0
     clock_seconds: float = 1.0
     clock_failure_seconds: float = 60.0
     snapshot_seconds: float = 300.0

@@ -14,7 +14,7 @@ from gevent.socket import wait_read
 from psycopg2 import extensions
 
 from greenjobs import config, inspection, migrate
-from greenjobs.doctor.case import CONNECT_SECONDS, Case, Check
+from greenjobs.doctor.case import Case, Check
 from greenjobs.doctor.finding import Verdict, fail, ok, skipped, warn
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import DatabaseUnavailable, SchemaError
@@ -24,6 +24,10 @@ from greenjobs.service import SERVICE_CONNECTIONS
 _NAP_SECONDS = 0.2
 _NOTIFY_SECONDS = 4.0
 _POOLER_SECONDS = 2.0
+
+# Two connections may have to be opened.
+_SESSION_SECONDS = 12.0
+
 _CLOCK_LOOKS = 3
 
 # An embedded server may have to be made first.
@@ -36,7 +40,7 @@ def connection(case: Case) -> Verdict:
     """Whether the database can be reached, and in what time."""
     url = case.settings.require_database_url()
     shown = config.redact(url)
-    if unknown := _unknown_hosts(url):
+    if unknown := _unknown_hosts(url, case.limits.connect_seconds):
         return fail(
             f"{shown}: the name of the host cannot be looked up: {', '.join(unknown)}",
             "correct database_url, or the DNS",
@@ -263,7 +267,7 @@ CHECKS = (
     Check("schema", schema, needs=("connection",)),
     Check("rights", rights, needs=("connection",)),
     Check("database waits", overlap, needs=("connection",)),
-    Check("session", session, needs=("connection",), seconds=2 * CONNECT_SECONDS),
+    Check("session", session, needs=("connection",), seconds=_SESSION_SECONDS),
     Check("notify", notify, needs=("session", "writes")),
     Check("keepalives", keepalives, needs=("session",)),
     Check("clock", clock, needs=("connection",)),
@@ -271,7 +275,7 @@ CHECKS = (
 )
 
 
-def _unknown_hosts(url: str) -> list[str]:
+def _unknown_hosts(url: str, seconds: float) -> list[str]:
     """The hosts of a URL, when none of them can be looked up: libpq would do that in C, for as long as it takes."""
     if is_embedded_url(url):
         return []
@@ -284,7 +288,7 @@ def _unknown_hosts(url: str) -> list[str]:
         return []
     for host in hosts:
         try:
-            with gevent.Timeout(CONNECT_SECONDS, TimeoutError("no answer")):
+            with gevent.Timeout(seconds, TimeoutError("no answer")):
                 gevent.socket.getaddrinfo(host, None)
         except OSError:
             continue
