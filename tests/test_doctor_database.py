@@ -215,6 +215,21 @@ def test_transaction_that_holds_vacuum_up_is_told_without_its_query(database: ru
     assert (calm.level, str(pid) in calm.message) == ("ok", True)
 
 
+def test_role_that_may_not_see_the_age_of_a_transaction_is_told_by_transactions(
+    database: running.Database, limited_role: str
+) -> None:
+    with databases.administration(database.url) as cursor:
+        cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+        pid = cursor.connection.info.backend_pid
+        database.rows("SELECT txid_current()")
+        database.rows("SELECT txid_current()")
+        url = as_role(database.url, limited_role)
+        calm = finding("snapshots", url=url, limits=Limits(snapshot_seconds=0))
+        found = finding("snapshots", url=url, limits=Limits(snapshot_transactions=1))
+    assert (calm.level, found.level) == ("ok", "warn")
+    assert f"pid {pid}" in found.message
+
+
 @pytest.fixture(scope="module")
 def busy_server() -> Iterator[str]:
     """A server that is reached by TCP, and lets transactions be prepared."""

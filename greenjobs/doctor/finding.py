@@ -59,6 +59,8 @@ class Limits:
     clock_failure_seconds: float = 60.0
     snapshot_seconds: float = 300.0
     """The oldest snapshot of the database: until it is gone, vacuum removes nothing that is younger."""
+    snapshot_transactions: int = 1_000_000
+    """The same, where nobody knows its age: how many transactions have begun since."""
     dead_rows: float = 5.0
     """Times the number at which autovacuum is to come."""
     waiting_seconds: float = 300.0

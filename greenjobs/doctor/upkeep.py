@@ -6,7 +6,7 @@ import re
 
 from greenjobs import migrate
 from greenjobs.doctor.case import Case, Check
-from greenjobs.doctor.finding import Verdict, fail, ok, several, skipped, warn
+from greenjobs.doctor.finding import Limits, Verdict, fail, ok, several, skipped, warn
 from greenjobs.inspection import health
 
 _MADE_INDEX = re.compile(r"\bCREATE (?:UNIQUE )?INDEX (?:CONCURRENTLY )?(?:IF NOT EXISTS )?(\w+)")
@@ -110,12 +110,7 @@ def dead_rows(case: Case) -> Verdict:
 def snapshots(case: Case) -> Verdict:
     """Who keeps vacuum from removing what is dead by now."""
     holders = health.snapshot_holders(case.connection())
-    limit = case.limits.snapshot_seconds
-    old = [
-        f"{each.kind} {each.name}{_age(each)}"
-        for each in holders
-        if each.kind == "unused replication slot" or (each.seconds is not None and each.seconds > limit)
-    ]
+    old = [f"{each.kind} {each.name}{_age(each)}" for each in holders if _is_old(each, case.limits)]
     if old:
         return warn(
             f"these keep vacuum from removing what has died since: {several(old, case.limits)}",
@@ -151,6 +146,12 @@ def _due(table: health.Table) -> float:
     options = table.options
     threshold = float(options.get("autovacuum_vacuum_threshold", _DEFAULT_THRESHOLD))
     return threshold + float(options.get(_TUNED, _DEFAULT_SCALE)) * table.live_rows
+
+
+def _is_old(holder: health.Holder, limits: Limits) -> bool:
+    if holder.kind == "unused replication slot" or holder.transactions > limits.snapshot_transactions:
+        return True
+    return holder.seconds is not None and holder.seconds > limits.snapshot_seconds
 
 
 def _age(holder: health.Holder) -> str:
