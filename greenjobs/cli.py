@@ -126,7 +126,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
         _handle_signals(handle)
         handle.start()
         _banner(url, handle, jobs)
-        warn_at_start(settings, jobs)
+        warn_at_start(settings, handle)
         if equipment is not None:
             equipment.check(handle)
         if line is not None:

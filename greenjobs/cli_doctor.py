@@ -7,10 +7,9 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 import gevent
@@ -20,8 +19,9 @@ from greenjobs.cli_options import configure, find_application, plain_errors, set
 from greenjobs.config import Settings
 from greenjobs.doctor import Application, Finding, at_start, examine
 from greenjobs.errors import GreenjobsError
-from greenjobs.job import Job, registered_jobs
+from greenjobs.job import registered_jobs
 from greenjobs.loading import name_of_application
+from greenjobs.runner import RunnerHandle
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ def doctor_command(as_json: bool, only: tuple[str, ...], strict: bool, **argumen
         sys.exit(EXIT_FOUND)
 
 
-def warn_at_start(settings: Settings, jobs: Mapping[str, Job[Any, Any]]) -> None:
+def warn_at_start(settings: Settings, handle: RunnerHandle) -> None:
     """Log what a look at this process finds, without asking the database anything."""
-    for finding in at_start(settings, Application(settings.app or "the application", jobs)):
+    for finding in at_start(settings, Application(jobs_at_a_time=handle.slots)):
         logger.warning("%s: %s; %s", finding.name, finding.message, finding.remedy)
 
 

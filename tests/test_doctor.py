@@ -162,7 +162,7 @@ for finding in examine(config.current(), only=names):
     [
         ("import threading\nguard = threading.Lock()", "sitecustomize (guard)"),
         ("import threading\nguard = threading.RLock()", "sitecustomize (guard)"),
-        ("import redis", "objects of theirs may lack: redis"),
+        ("import redis", "their objects may lack: redis"),
     ],
 )
 def test_early_import_that_may_do_harm_is_a_warning(tmp_path: Path, site: str, told: str) -> None:

@@ -19,8 +19,8 @@ from psycopg2 import errors
 from waiting import eventually
 
 import greenjobs
-from greenjobs import embedded, job
-from greenjobs.doctor import Limits
+from greenjobs import config, embedded, job
+from greenjobs.doctor import Limits, examine
 from greenjobs.inspection import health
 from greenjobs.runner import Runner
 
@@ -71,6 +71,17 @@ def test_server_that_stays_silent_is_given_up() -> None:
     assert found["schema"].message == "see 'connection'"
 
 
+def test_server_that_goes_away_meanwhile_is_not_waited_for_by_every_check(database: running.Database) -> None:
+    with poolers.in_front_of(database.url) as url:
+        found = examine(config.load(database_url=url))
+        assert any(each.name == "writes" and each.level == "ok" for each in found)
+    rest = list(found)
+    failed = [each.name for each in rest if each.level == "fail"]
+    assert failed == ["isolation", "encoding"]
+    assert rest[2].message == "the database does not answer any more"
+    assert {each.level for each in rest[2:]} == {"skipped"}
+
+
 def test_database_that_takes_no_writes_is_a_failure(database: running.Database) -> None:
     set_for_database(database, "default_transaction_read_only = on")
     assert finding("writes").level == "fail"
@@ -100,7 +111,6 @@ def test_commit_that_does_not_wait_for_the_disk_is_a_warning(database: running.D
 
 def test_examination_changes_nothing(database: running.Database) -> None:
     """Its sessions may not even write, where no pooler is in between."""
-    from greenjobs import config
     from greenjobs.doctor.case import Application, Case
 
     case = Case(config.current(), Application(), Limits())

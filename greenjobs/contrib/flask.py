@@ -108,9 +108,7 @@ class Equipment:
 
     def check(self, handle: RunnerHandle) -> None:
         """Warn when jobs may wait for one another's connections to the database of the application."""
-        share = handle.share
-        jobs = share.slots if share is not None else sum(worker.pool for worker in handle.workers.values())
-        for message in self.narrow_pools(jobs):
+        for message in self.narrow_pools(handle.slots):
             logger.warning("%s", message)
 
     def narrow_pools(self, jobs: int) -> list[str]:

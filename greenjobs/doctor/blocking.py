@@ -61,7 +61,7 @@ _PACKAGES = (
         "name cassandra.io.geventreactor.GeventConnection as connection_class",
     ),
     _Package("aerospike", "aerospike", _THREADS),
-    _Package("couchbase", "couchbase.pycbc_core", _THREADS),
+    _Package("couchbase", "couchbase", _THREADS),
     _Package("pyarrow.flight", "pyarrow._flight", _THREADS),
 )
 

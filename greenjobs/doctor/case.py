@@ -29,13 +29,15 @@ _SESSION = {
 class Application:
     """What was found of the application: `name` is None where nobody names one, `error` says why it cannot be loaded.
 
-    `narrow_pools` tells of connections to databases of its own for which so many jobs would wait.
+    `narrow_pools` tells of connections to databases of its own for which so many jobs would wait. `jobs_at_a_time` is
+    what a runner of it has been started with, None where that is for the settings to say.
     """
 
     name: str | None = None
     jobs: Mapping[str, Job[Any, Any]] = field(default_factory=dict)
     error: str | None = None
     narrow_pools: Callable[[int], list[str]] | None = None
+    jobs_at_a_time: int | None = None
 
     @property
     def names(self) -> dict[str, Job[Any, Any]]:
@@ -50,6 +52,8 @@ class Case:
         self.settings = settings
         self.application = application
         self.limits = limits
+        self.is_cut_off = False
+        """Whether a connection was lost, and no other can be opened in its place."""
         self._connections: dict[str, PlanningConnection] = {}
 
     def connection(self) -> PlanningConnection:
@@ -81,9 +85,11 @@ class Case:
     def _connected(self, purpose: str, url: str) -> PlanningConnection:
         connection = self._connections.get(purpose)
         if connection is None or connection.closed:
+            self.is_cut_off = connection is not None
             connection = self._connections[purpose] = pool.connect(
                 url, application_name="greenjobs doctor", timeout_seconds=self.limits.connect_seconds, session=_SESSION
             )
+            self.is_cut_off = False
         return connection
 
 

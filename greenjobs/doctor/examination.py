@@ -71,6 +71,8 @@ def _examine(case: Case, checks: Sequence[tuple[str, Check]]) -> Iterator[Findin
             cause = next((blamed[need] for need in check.needs if need in blamed), None)
             if cause is not None:
                 verdict = skipped(f"see {cause!r}")
+            elif case.is_cut_off:
+                verdict = skipped("the database does not answer any more")
             elif time.monotonic() > ends_at:
                 verdict = skipped(f"the examination has taken {case.limits.total_seconds:g} s already")
             else:

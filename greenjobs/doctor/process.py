@@ -115,16 +115,16 @@ def early_imports(case: Case) -> Verdict:
             locks.add(f"{module.__name__} ({', '.join(kept)})")
     if originals:
         shown = several(sorted(originals), case.limits)
-        return fail(f"imported before gevent's patches, and blocking for good: {shown}", _RIGHT_START)
+        return fail(f"imported before gevent's patches, with functions that hold up all jobs: {shown}", _RIGHT_START)
     if locks:
         shown = several(sorted(locks), case.limits)
         return warn(
-            f"imported before gevent's patches, with locks that jobs would stop at all together: {shown}", _RIGHT_START
+            f"imported before gevent's patches, with locks at which a job stops all others: {shown}", _RIGHT_START
         )
     sensitive = [name for name in _SENSITIVE if name in (green.imported_before or ())]
     if sensitive:
         shown = ", ".join(sensitive)
-        return warn(f"imported before gevent's patches, which objects of theirs may lack: {shown}", _RIGHT_START)
+        return warn(f"imported before gevent's patches, which their objects may lack: {shown}", _RIGHT_START)
     return ok("no module keeps what gevent replaced")
 
 
@@ -171,8 +171,10 @@ def open_files(case: Case) -> Verdict:
 
 
 def jobs_at_a_time(case: Case) -> int:
-    """How many jobs a process runs at most, of all the queues of the application."""
+    """How many jobs a process runs at most; of all the queues of the application, where nobody says otherwise."""
     settings = case.settings
+    if case.application.jobs_at_a_time is not None:
+        return case.application.jobs_at_a_time
     if settings.share is not None:
         return settings.share
     queues = {job.queue for job in case.application.jobs.values()}
@@ -228,14 +230,15 @@ def _kept(module: ModuleType) -> Iterator[str]:
     """The names in a module of originals that gevent replaced, and of classes that are made from them."""
     originals = _originals()
     for name, value in list(vars(module).items()):
-        made_from = value.__mro__ if isinstance(value, type) else (value,)
+        # By the type itself: a proxy pretends to be of another, and looks for its object when it is asked.
+        made_from = value.__mro__ if issubclass(type(value), type) else (value,)
         if any(id(each) in originals for each in made_from):
             yield name
 
 
 def _native_locks(module: ModuleType) -> Iterator[str]:
     kinds = (type(gevent.monkey.get_original("_thread", "allocate_lock")()), _thread.RLock)
-    return (name for name, value in list(vars(module).items()) if isinstance(value, kinds))
+    return (name for name, value in list(vars(module).items()) if type(value) in kinds)
 
 
 @functools.cache
