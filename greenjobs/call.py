@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
 from greenjobs import config, current, events
 from greenjobs.current import database_rooms, joined, lender
-from greenjobs.errors import PayloadError, SchemaError
+from greenjobs.errors import AccessDenied, PayloadError, SchemaError
 from greenjobs.handle import JobHandle, note_transaction
 from greenjobs.surroundings import Enqueue, around_enqueues, enqueuing
 from greenjobs.uniqueness import Uniqueness
@@ -29,7 +29,9 @@ R = TypeVar("R")
 # As many jobs as go in one statement: 1,000 keep the statement under a few hundred kB and the round trips negligible.
 BATCH_SIZE = 1000
 
-_UNDEFINED_TABLE = "42P01"  # PostgreSQL's error code
+# PostgreSQL's error codes.
+_UNDEFINED_TABLE = "42P01"
+_INSUFFICIENT_PRIVILEGE = "42501"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,14 @@ class Call(Generic[P]):
                 with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
                     enqueued = storage.enqueue(connection, self._batches(storage, data, BATCH_SIZE))
         except Exception as error:
-            if getattr(error, "pgcode", None) != _UNDEFINED_TABLE:
+            code = getattr(error, "pgcode", None)
+            if code == _INSUFFICIENT_PRIVILEGE:
+                raise AccessDenied(
+                    f"{self._job.name} was not enqueued: {str(error).strip()}; the owner of the tables can give the "
+                    f"role the right to, with `greenjobs migrate --grant enqueue=ROLE`, or replace=ROLE as well where "
+                    f"jobs replace, extend or merge with others"
+                ) from error
+            if code != _UNDEFINED_TABLE:
                 raise
             raise SchemaError(
                 f"{self._job.name} was not enqueued: the tables of greenjobs are not in this database, or not in a "

@@ -9,14 +9,14 @@ import platform
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 import gevent
 
-from greenjobs import config, counts, inspection, migrate, pool
+from greenjobs import config, counts, grants, inspection, migrate, pool
 from greenjobs.cli_counts import counts_command, print_rates
 from greenjobs.cli_doctor import doctor_command, warn_at_start
 from greenjobs.cli_jobs import jobs_group
@@ -26,6 +26,7 @@ from greenjobs.cli_schedules import schedules_group
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
+from greenjobs.redaction import redact
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
 from greenjobs.supervisor import EXIT_MISTAKE
@@ -141,9 +142,19 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
 @setting_options("database_url", "session_url")
 @click.option("--check", is_flag=True, help="Change nothing; exit with 1 when something would be.")
 @click.option("--sql", is_flag=True, help="Print the SQL of all migrations, for those who migrate in another way.")
-def migrate_command(check: bool, sql: bool, **arguments: str | None) -> None:
+@click.option(
+    "--grant",
+    "grant_texts",
+    multiple=True,
+    metavar="RIGHT=ROLE",
+    help="Give a role of the database the right to enqueue, replace, run or read, and no more; again for more.",
+)
+def migrate_command(check: bool, sql: bool, grant_texts: tuple[str, ...], **arguments: str | None) -> None:
     """Bring the tables up to date. Any number of processes may do it at once; again is harmless."""
     with plain_errors():
+        wanted = grants.parse(grant_texts)
+        if wanted and (check or sql):
+            raise ConfigError("--grant changes the database, which neither --check nor --sql does; leave one out")
         if sql:
             click.echo(migrate.as_sql(), nl=False)
             return
@@ -156,8 +167,11 @@ def migrate_command(check: bool, sql: bool, **arguments: str | None) -> None:
             if missing:
                 sys.exit(1)
             click.echo("up to date")
-        elif not _migrate(url):
-            click.echo("up to date")
+        else:
+            if not _migrate(url, wanted):
+                click.echo("up to date")
+            for grant in wanted:
+                click.echo(f"{grant.role} may {grant.right}")
 
 
 @main.command()
@@ -244,8 +258,8 @@ def _load_application(name: str | None) -> tuple[Any, Equipment | None]:
         sys.exit(EXIT_MISTAKE)
 
 
-def _migrate(url: str) -> list[str]:
-    applied = migrate.migrate(url)
+def _migrate(url: str, wanted: Sequence[grants.Grant] = ()) -> list[str]:
+    applied = migrate.migrate(url, grants=wanted)
     for label in applied:
         click.echo(f"applied {label}")
     return applied
@@ -279,7 +293,7 @@ def _banner(url: str, handle: RunnerHandle, jobs: dict[str, Job[Any, Any]]) -> N
     if handle.share is not None:
         queues += f"; together {handle.share.slots} at a time, {'by weight' if handle.share.by_weight else 'in order'}"
     logger.info("greenjobs %s, Python %s, %s", __version__, platform.python_version(), handle.name)
-    logger.info("database: %s%s", config.redact(url), " (for development)" if is_embedded_url(url) else "")
+    logger.info("database: %s%s", redact(url), " (for development)" if is_embedded_url(url) else "")
     if handle.session == "lease":
         logger.info("session: by lease and polling, for a pooler is in between; session_url can name a direct way")
     logger.info("queues: %s", queues)

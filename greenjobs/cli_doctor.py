@@ -21,6 +21,7 @@ from greenjobs.doctor import Application, Finding, at_start, examine
 from greenjobs.errors import GreenjobsError
 from greenjobs.job import registered_jobs
 from greenjobs.loading import name_of_application
+from greenjobs.redaction import redact
 from greenjobs.runner import RunnerHandle
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def _told(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {config.redact(lines[0])}{where}"
+    return f"{type(error).__name__}: {redact(lines[0])}{where}"
 
 
 def _print_json(findings: Iterator[Finding]) -> set[str]:

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
-from urllib.parse import unquote
 
+from greenjobs import settings_file
+from greenjobs.durations import DURATION_FORMS, duration
 from greenjobs.errors import ConfigError
+from greenjobs.redaction import keyword_pairs, redact
+from greenjobs.settings_file import near_match, nearest_section
 
 _Value = TypeVar("_Value")
 _Value_co = TypeVar("_Value_co", covariant=True)
@@ -128,52 +129,6 @@ def _one_of(*words: str) -> _Kind[str]:
     return _Kind(parse, " or ".join(f'"{word}"' for word in words))
 
 
-_UNITS = {
-    name: seconds
-    for seconds, names in {
-        1: "s sec secs second seconds",
-        60: "m min mins minute minutes",
-        3_600: "h hour hours",
-        86_400: "d day days",
-        604_800: "w week weeks",
-    }.items()
-    for name in names.split()
-}
-_PART_OF_DURATION = r"(\d+(?:\.\d+)?)\s*([a-z]+)"
-_LONGEST_DURATION_DAYS = 36_500
-
-DURATION_FORMS = f'seconds, or a text such as "90 s", "12h", "7 days" or "1w 3d", up to {_LONGEST_DURATION_DAYS:,} days'
-
-
-def duration(value: object) -> float:
-    """Return the seconds of a number of seconds, a timedelta, or a text as in DURATION_FORMS; else raise ValueError."""
-    if isinstance(value, timedelta):
-        seconds = value.total_seconds()
-    elif isinstance(value, str):
-        seconds = _seconds_of_text(value.strip().lower())
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = float(value)
-    else:
-        raise ValueError
-    # Written so that NaN, which no comparison holds for, is refused too.
-    if not 0 <= seconds <= _LONGEST_DURATION_DAYS * 86_400:
-        raise ValueError
-    return seconds
-
-
-def _seconds_of_text(text: str) -> float:
-    if re.fullmatch(r"\d+(?:\.\d+)?", text, re.ASCII):
-        return float(text)
-    if not re.fullmatch(rf"(?:{_PART_OF_DURATION}\s*)+", text, re.ASCII):
-        raise ValueError
-    seconds = 0.0
-    for number, unit in re.findall(_PART_OF_DURATION, text, re.ASCII):
-        if unit not in _UNITS:
-            raise ValueError
-        seconds += float(number) * _UNITS[unit]
-    return seconds
-
-
 def _how_long_to_keep(value: object) -> float:
     return 0.0 if isinstance(value, str) and value.strip().lower() == "forever" else duration(value)
 
@@ -193,7 +148,7 @@ def _postgres_url(value: object) -> str:
     if match:
         # libpq compares the scheme by case and knows no "+driver".
         return match[1].lower() + match[2]
-    if _keyword_pairs(url) and "\0" not in url:
+    if keyword_pairs(url) and "\0" not in url:
         return url
     raise ValueError
 
@@ -412,7 +367,7 @@ def load(**arguments: object) -> Settings:
 
 def _load(arguments: Mapping[str, object], layer: Layer) -> Settings:
     values = {**layer.arguments, **check(arguments)}
-    section = _nearest_section()
+    section = nearest_section(OPTIONS)
     for name, option in OPTIONS.items():
         if name in values:
             continue
@@ -424,7 +379,7 @@ def _load(arguments: Mapping[str, object], layer: Layer) -> Settings:
             values[name] = _parsed(option, section.values[name], section.label)
         elif name in layer.defaults:
             values[name] = layer.defaults[name]
-    return Settings(**values, project_folder=section.file.parent if section else _marked_folder())
+    return Settings(**values, project_folder=settings_file.project_folder(section))
 
 
 def configure(**arguments: object) -> None:
@@ -466,31 +421,8 @@ def _settings_of(process: _Process) -> Settings:
 
 
 def project_folder() -> Path:
-    """Return the folder of the project that the working directory is in.
-
-    That is where the file with our section lies; else the nearest parent that looks like a project (setup.cfg,
-    pyproject.toml, setup.py or .git); else the working directory itself.
-    """
-    section = _nearest_section()
-    return section.file.parent if section else _marked_folder()
-
-
-def redact(url: str) -> str:
-    """Return a database URL or keyword string with *** in place of every password in it.
-
-    Takes any text and never raises. Of what is no valid URL or keyword string it rather hides too much than too little.
-    """
-    text = str(url)
-    if text.startswith("embedded:"):
-        return text
-    pairs = _keyword_pairs(text)
-    if pairs is None:
-        return _redact_url(text)
-    shown, copied = "", 0
-    for key, start, end in pairs:
-        shown += text[copied:start] + ("***" if _is_secret(key) else _redact_url(text[start:end]))
-        copied = end
-    return shown + text[copied:]
+    """The folder of the project that the working directory is in; see settings_file."""
+    return settings_file.project_folder(nearest_section(OPTIONS))
 
 
 class _Process(NamedTuple):
@@ -506,7 +438,7 @@ def check(arguments: Mapping[str, object], origin: str = "an argument") -> dict[
     """Return the arguments that are not None, checked and parsed; raise TypeError or ConfigError as `load`."""
     unknown = next((name for name in arguments if name not in OPTIONS), None)
     if unknown is not None:
-        raise TypeError(f"there is no option {unknown!r}{_near_match(unknown)}")
+        raise TypeError(f"there is no option {unknown!r}{near_match(unknown, OPTIONS)}")
     given = {name: value for name, value in arguments.items() if value is not None}
     return {name: _parsed(OPTIONS[name], value, origin) for name, value in given.items()}
 
@@ -526,182 +458,3 @@ def _shown(name: str, value: object) -> str:
         value = redact(str(value))
     shown = repr(value)
     return shown if len(shown) <= 200 else f"{shown[:200]}… ({len(shown):,} characters)"
-
-
-def _near_match(name: str) -> str:
-    # Imported here, as the parsers of files below: a start without such an error is quicker without it.
-    import difflib
-
-    near = difflib.get_close_matches(name, OPTIONS, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; the options are {', '.join(OPTIONS)}."
-
-
-class _Section(NamedTuple):
-    """Our section of a file: its values by option name, as the file's format gives them."""
-
-    file: Path
-    heading: str
-    values: dict[str, object]
-
-    @property
-    def label(self) -> str:
-        return f"{self.heading} in {self.file}"
-
-
-_PROJECT_MARKS = ("setup.cfg", "pyproject.toml", "setup.py", ".git")
-
-
-def _folders_upwards() -> tuple[Path, ...]:
-    try:
-        working = Path.cwd()
-    except FileNotFoundError:
-        raise ConfigError("The working directory has been removed; change to one that exists.") from None
-    return (working, *working.parents)
-
-
-def _marked_folder() -> Path:
-    folders = _folders_upwards()
-    marked = (each for each in folders if any(os.path.exists(each / mark) for mark in _PROJECT_MARKS))
-    return next(marked, folders[0])
-
-
-def _nearest_section() -> _Section | None:
-    for folder in _folders_upwards():
-        ours, other = _setup_cfg_section(folder / "setup.cfg"), _pyproject_section(folder / "pyproject.toml")
-        if ours and other:
-            raise ConfigError(f"There are settings in both {ours.label} and {other.label}; keep one of them.")
-        if ours or other:
-            return ours or other
-    return None
-
-
-def _setup_cfg_section(file: Path) -> _Section | None:
-    text = _text_about_us(file)
-    if text is None:
-        return None
-    import configparser
-
-    # No interpolation: a "%" belongs to an encoded password. No section of defaults: an empty name matches no heading.
-    parser = configparser.RawConfigParser(default_section="")
-    try:
-        parser.read_string(text, source=str(file))
-    except configparser.Error as error:
-        raise ConfigError(f"{file} cannot be read: {_first_line(error)}") from None
-    if not parser.has_section("greenjobs"):
-        return None
-    return _checked_section(file, "[greenjobs]", parser.items("greenjobs"))
-
-
-def _pyproject_section(file: Path) -> _Section | None:
-    text = _text_about_us(file)
-    if text is None:
-        return None
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
-    try:
-        tool = tomllib.loads(text).get("tool")
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} cannot be read: {_first_line(error)}") from None
-    ours = tool.get("greenjobs") if isinstance(tool, dict) else None
-    if ours is None:
-        return None
-    if not isinstance(ours, dict):
-        raise ConfigError(f"tool.greenjobs in {file} must be a section, [tool.greenjobs].")
-    return _checked_section(file, "[tool.greenjobs]", ours.items())
-
-
-def _text_about_us(file: Path) -> str | None:
-    """The text of a file that mentions greenjobs; None otherwise, so that strangers' files need not even be valid."""
-    try:
-        content = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
-    except OSError as error:
-        # A parent folder that may not be entered shows nothing to us, not even whether there is a file.
-        if isinstance(error, PermissionError) and not os.access(file.parent, os.X_OK):
-            return None
-        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
-    if b"greenjobs" not in content:
-        return None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} cannot be read: it is not UTF-8 (byte {error.start}).") from None
-
-
-def _first_line(error: Exception) -> str:
-    """The message of a parser's error; what follows its first line quotes the file, passwords included."""
-    return str(error).partition("\n")[0]
-
-
-def _checked_section(file: Path, heading: str, items: Iterable[tuple[str, object]]) -> _Section:
-    section = _Section(file, heading, {})
-    for key, value in items:
-        name = key.replace("-", "_")
-        if name not in OPTIONS:
-            raise ConfigError(f"{section.label} has the key {key!r}, which is no option{_near_match(name)}")
-        if name in section.values:
-            raise ConfigError(f"{section.label} sets {name} twice; keep one of the two.")
-        section.values[name] = value
-    return section
-
-
-# libpq: a name, "=", and a value that is quoted, or ends at white space; a backslash makes the next character literal.
-_KEYWORD_PAIR = re.compile(r"\s*(?P<key>\w+)\s*=\s*(?P<value>'(?:\\.|[^'\\])*'|(?!')(?:\\.?|[^\s\\])*)", re.DOTALL)
-_HOST = r"(?:\[[^\]@/=]*\]|[^@/?:,\[\]=;&\s]*)(?::\d*)?"
-_PARAMETER = r"[^=&;@]+=[^=&;]*"
-# What libpq takes for a URL after "://" (conninfo_uri_parse_options in fe-connect.c): the credentials end at the first
-# "@" that no "/" precedes, the password begins at their first ":".
-_URL = re.compile(
-    rf"(?:(?P<user>[^:@/=]*)(?P<password>:[^@/]*)?@)?{_HOST}(?:,{_HOST})*(?:/[^@?=]*)?"
-    rf"(?P<query>\?(?:{_PARAMETER}(?:&{_PARAMETER})*)?)?"
-)
-_KEY_BEFORE_VALUE = re.compile(r"(?<![\w%])([\w%]+)\s*=")
-_SECRET_KEY = re.compile(r"pass(?:word|wd|phrase)|pwd|secret|token|scram_\w+_key", re.IGNORECASE)
-
-
-def _keyword_pairs(text: str) -> list[tuple[str, int, int]] | None:
-    """Each key of a libpq keyword string and its value's span (conninfo_parse in fe-connect.c); None for other text."""
-    pairs: list[tuple[str, int, int]] = []
-    position, end = 0, len(text.rstrip())
-    while position < end:
-        match = _KEYWORD_PAIR.match(text, position)
-        if match is None:
-            return None
-        pairs.append((match["key"], *match.span("value")))
-        position = match.end()
-    return pairs
-
-
-def _is_secret(key: str) -> bool:
-    return _SECRET_KEY.search(unquote(key)) is not None
-
-
-def _redact_url(text: str) -> str:
-    scheme, separator, rest = text.partition("://")
-    if not separator or "@" in scheme:
-        # The scheme was forgotten, the password was not.
-        scheme, separator, rest = "", "", text
-    match = _URL.fullmatch(rest)
-    if match is None:
-        return _redact_broadly(scheme + separator, rest)
-    start = len(rest) if match["query"] is None else match.start("query")
-    address, query = rest[:start], rest[start:]
-    if match["password"]:
-        address = f"{address[: match.start('password')]}:***{address[match.end('password') :]}"
-    parameters = (each.partition("=") for each in query.split("&"))
-    shown = (f"{key}=***" if _is_secret(key) else f"{key}{equals}{value}" for key, equals, value in parameters)
-    return scheme + separator + address + "&".join(shown)
-
-
-def _redact_broadly(scheme: str, rest: str) -> str:
-    """Of text that is no valid URL: hide all that could be credentials, and all from the first secret key on."""
-    start, end = rest.find(":"), rest.rfind("@")
-    if 0 <= start < end:
-        rest = f"{rest[: start + 1]}***{rest[end:]}"
-    text = scheme + rest
-    secret = next((match for match in _KEY_BEFORE_VALUE.finditer(text) if _is_secret(match[1])), None)
-    return text if secret is None else f"{text[: secret.end()]}***"

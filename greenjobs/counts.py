@@ -23,6 +23,7 @@ from psycopg2 import errors
 
 from greenjobs import config, storage
 from greenjobs.current import lender
+from greenjobs.durations import DURATION_FORMS, duration
 from greenjobs.errors import OptionError, SchemaError
 
 if TYPE_CHECKING:
@@ -156,9 +157,9 @@ def _moment(since: Since) -> tuple[datetime | None, float | None]:
             raise OptionError(f"since is {since!r}, which has no time zone; use an aware one")
         return since, None
     try:
-        return None, config.duration(since)
+        return None, duration(since)
     except (ValueError, OverflowError):
-        raise OptionError(f"since is {since!r}; allowed: an aware datetime, {config.DURATION_FORMS}") from None
+        raise OptionError(f"since is {since!r}; allowed: an aware datetime, {DURATION_FORMS}") from None
 
 
 def _names(filter: str, given: str | Iterable[str] | None) -> list[str] | None:

@@ -48,6 +48,10 @@ class SchemaError(GreenjobsError):
     """The tables are missing, older than this release, or not what a migration left behind; says what to type."""
 
 
+class AccessDenied(GreenjobsError):
+    """The role of the database may not do what was asked of it; says which right it lacks."""
+
+
 class EmbeddedServerError(GreenjobsError):
     """The embedded PostgreSQL server cannot be found or started."""
 

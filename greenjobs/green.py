@@ -84,19 +84,27 @@ def _cancel(connection: extensions.connection) -> None:
     """Stop the statement on the server; libpq opens a second connection for this, and blocks.
 
     psycopg2's own cancel() keeps the interpreter lock meanwhile, whatever the thread: a server that has gone silent
-    would stop the process. Through ctypes the same function of libpq lets go of it.
+    would stop the process. Through ctypes the same functions of libpq let go of it.
     """
     libpq = _libpq()
-    handle = libpq.PQgetCancel(connection.pgconn_ptr)
-
-    def cancel() -> None:
+    arguments: tuple[Any, ...]
+    # If it fails, the session has ended, and the statement with it.
+    if hasattr(libpq, "PQcancelCreate"):
+        # Since PostgreSQL 17: encrypted where the connection is.
+        request = libpq.PQcancelCreate(connection.pgconn_ptr)
+        cancel, free, arguments = libpq.PQcancelBlocking, libpq.PQcancelFinish, (request,)
+    else:
+        request = libpq.PQgetCancel(connection.pgconn_ptr)
         reason = ctypes.create_string_buffer(256)
-        libpq.PQcancel(handle, reason, len(reason))  # if it fails, the session has ended, and the statement with it
-        libpq.PQfreeCancel(handle)
+        cancel, free, arguments = libpq.PQcancel, libpq.PQfreeCancel, (request, reason, len(reason))
 
-    if handle:
+    def ask() -> None:
+        cancel(*arguments)
+        free(request)
+
+    if request:
         with gevent.Timeout(_CANCEL_SECONDS, False):  # type: ignore[arg-type]  # the stubs lack it
-            _cancelling(gevent.get_hub()).apply(cancel)
+            _cancelling(gevent.get_hub()).apply(ask)
 
 
 @functools.cache
@@ -109,9 +117,16 @@ def _cancelling(hub: Any) -> ThreadPool:
 def _libpq() -> ctypes.CDLL:
     """The libpq that psycopg2 uses; its functions are found through the module that is linked to it."""
     libpq = ctypes.CDLL(_psycopg.__file__)
-    libpq.PQgetCancel.argtypes = [ctypes.c_void_p]
-    libpq.PQgetCancel.restype = ctypes.c_void_p
-    libpq.PQcancel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int]
-    libpq.PQfreeCancel.argtypes = [ctypes.c_void_p]
-    libpq.PQfreeCancel.restype = None
+    signatures: dict[str, tuple[list[Any], Any]] = {
+        "PQcancelCreate": ([ctypes.c_void_p], ctypes.c_void_p),
+        "PQcancelBlocking": ([ctypes.c_void_p], ctypes.c_int),
+        "PQcancelFinish": ([ctypes.c_void_p], None),
+        "PQgetCancel": ([ctypes.c_void_p], ctypes.c_void_p),
+        "PQcancel": ([ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int], ctypes.c_int),
+        "PQfreeCancel": ([ctypes.c_void_p], None),
+    }
+    for name, (arguments, result) in signatures.items():
+        function = getattr(libpq, name, None)
+        if function is not None:
+            function.argtypes, function.restype = arguments, result
     return libpq

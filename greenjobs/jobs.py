@@ -27,6 +27,7 @@ from psycopg2 import errors
 
 from greenjobs import config, history, inspection, storage
 from greenjobs.current import lender
+from greenjobs.durations import DURATION_FORMS, duration
 from greenjobs.errors import OptionError, SchemaError
 from greenjobs.handle import JobHandle
 from greenjobs.history import FinishedJob
@@ -346,9 +347,9 @@ def _seconds(filter: str, given: float | timedelta | str | None) -> float | None
     if given is None:
         return None
     try:
-        return config.duration(given)
+        return duration(given)
     except (ValueError, OverflowError):
-        raise OptionError(f"{filter} is {given!r}; allowed: {config.DURATION_FORMS}") from None
+        raise OptionError(f"{filter} is {given!r}; allowed: {DURATION_FORMS}") from None
 
 
 def _checked_limit(limit: int | None) -> int | None:

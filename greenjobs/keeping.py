@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from greenjobs import config
+from greenjobs.durations import DURATION_FORMS, duration
 from greenjobs.errors import JobDefinitionError, OptionError, PayloadMismatch
 from greenjobs.shapes.annotations import AnnotationReader, resolve
 from greenjobs.shapes.plain import Unfit
@@ -22,9 +22,9 @@ from greenjobs.shapes.shape import Shape
 def checked_keep(job_name: str, keep: object, error: type[JobDefinitionError | OptionError]) -> float:
     """For how many seconds a job is kept, 0 for not at all; raises `error` for what is no age."""
     try:
-        return config.duration(keep)
+        return duration(keep)
     except (ValueError, OverflowError):
-        raise error(f"{job_name}: keep is {keep!r}; allowed: {config.DURATION_FORMS}; 0 keeps nothing") from None
+        raise error(f"{job_name}: keep is {keep!r}; allowed: {DURATION_FORMS}; 0 keeps nothing") from None
 
 
 def keep_seconds(declared: float, options: str | None) -> float:
@@ -33,7 +33,7 @@ def keep_seconds(declared: float, options: str | None) -> float:
         return declared
     keep = json.loads(options).get("keep", declared)
     try:
-        return config.duration(keep)
+        return duration(keep)
     except (ValueError, OverflowError):  # somebody else's SQL
         return declared
 

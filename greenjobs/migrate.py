@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING
 
 from psycopg2 import errors
 
-from greenjobs import config, pool
+from greenjobs import pool
 from greenjobs.errors import SchemaError
+from greenjobs.grants import Grant, give
+from greenjobs.redaction import redact
 from greenjobs.statement import PlanningConnection
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ CREATE TABLE IF NOT EXISTS background_migrations (
     applied_at TIMESTAMPTZ NOT NULL DEFAULT now()
 )
 """
+
+_HAS_REGISTER = "SELECT to_regclass(quote_ident(current_schema()) || '.background_migrations') IS NOT NULL"
 
 _REGISTER = """
 INSERT INTO background_migrations (version, name, checksum)
@@ -96,8 +100,8 @@ def load() -> list[Migration]:
     return migrations
 
 
-def migrate(database_url: str) -> list[str]:
-    """Bring the tables up to date; returns the labels of what was applied, none when they were.
+def migrate(database_url: str, *, grants: Sequence[Grant] = ()) -> list[str]:
+    """Bring the tables up to date; returns the labels of what was applied, none when they were. Then give the `grants`.
 
     Any number of processes may do this at once. Raises SchemaError when an applied file was edited, or when the
     database has been migrated by a later release; DatabaseUnavailable; and psycopg2.Error when a statement fails, in
@@ -108,14 +112,19 @@ def migrate(database_url: str) -> list[str]:
     with _connected(database_url) as connection, connection.cursor() as cursor:
         if connection.is_pooled:
             raise SchemaError(
-                f"{config.redact(database_url)} leads through a pooler, where the lock that keeps two migrations apart "
+                f"{redact(database_url)} leads through a pooler, where the lock that keeps two migrations apart "
                 f"cannot be held; name the direct way with --session-url or GREENJOBS_SESSION_URL"
             )
         _take_lock(cursor)
-        cursor.execute(_CREATE_REGISTER)
+        # Whoever may not create tables may ask all the same whether there is anything to do.
+        cursor.execute(_HAS_REGISTER)
+        if cursor.fetchone() == (False,):
+            cursor.execute(_CREATE_REGISTER)
         for migration in _missing(cursor, migrations):
             _apply(cursor, migration)
             ran.append(migration.label)
+        if grants:
+            give(cursor, grants)
     return ran
 
 

@@ -24,6 +24,7 @@ from psycopg2 import extensions
 
 from greenjobs import alchemy, config, embedded
 from greenjobs.errors import DatabaseUnavailable, OptionError
+from greenjobs.redaction import redact
 from greenjobs.statement import PlanningConnection
 from greenjobs.waits import Waits
 
@@ -180,7 +181,7 @@ class ConnectionPool:
             elif turn.is_set():  # given just as the time was up
                 return
         raise DatabaseUnavailable(
-            f"all {self.size} connections to {config.redact(self.database_url)} stayed busy for "
+            f"all {self.size} connections to {redact(self.database_url)} stayed busy for "
             f"{self.wait_seconds:g} s (application {self.application_name}); allow more of them"
             f"{f' ({self.setting})' if self.setting else ''}, or hold them shorter"
         )
@@ -263,7 +264,7 @@ def connect(
                 connection.close()
                 raise
     except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
-        raise DatabaseUnavailable(f"cannot connect to {config.redact(database_url)}: {str(error).strip()}") from error
+        raise DatabaseUnavailable(f"cannot connect to {redact(database_url)}: {str(error).strip()}") from error
     return connection
 
 
@@ -271,7 +272,7 @@ def _require_version(connection: Connection, database_url: str) -> None:
     version = connection.server_version
     if version < MINIMUM_SERVER_VERSION:
         raise DatabaseUnavailable(
-            f"{config.redact(database_url)} is PostgreSQL {version // 10000}.{version % 10000}; "
+            f"{redact(database_url)} is PostgreSQL {version // 10000}.{version % 10000}; "
             f"greenjobs needs {MINIMUM_SERVER_VERSION // 10000} or later"
         )
 
@@ -294,7 +295,7 @@ def _libpq_dsn(database_url: str, application_name: str, timeout_seconds: float,
         given: dict[str, Any] = extensions.parse_dsn(database_url)
     except psycopg2.ProgrammingError as error:
         # libpq's message quotes what it could not read, which may be a password: it stays out of ours.
-        raise DatabaseUnavailable(f"the database URL {config.redact(database_url)} cannot be read by libpq") from error
+        raise DatabaseUnavailable(f"the database URL {redact(database_url)} cannot be read by libpq") from error
     defaults = {
         **_KEEPALIVES,
         "application_name": application_name,

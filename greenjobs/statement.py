@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ from psycopg2 import errors, extensions
 
 if TYPE_CHECKING:
     from psycopg2.extensions import cursor as Cursor
+
+
+_JSONB_OID = 3802  # pg_type.dat
 
 
 class PlanningConnection(extensions.connection):
@@ -22,6 +26,23 @@ class PlanningConnection(extensions.connection):
         super().__init__(dsn, async_)  # type: ignore[call-arg]  # the stubs lack it
         self.is_pooled = False
         self.planned: set[str] = set()
+        extensions.register_type(_JSONB, self)
+
+
+def _read_json(text: Any, _: object) -> Any:
+    """What a jsonb column holds; its text, where somebody has stored what is nested too deeply for Python to read.
+
+    One such row must not keep people from looking at all others.
+    """
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except RecursionError:
+        return text
+
+
+_JSONB = extensions.new_type((_JSONB_OID,), "GREENJOBS_JSONB", _read_json)
 
 
 class Statement:

@@ -27,6 +27,9 @@ from greenjobs.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+# As much as web servers take in one header; the contexts of traces are some hundred bytes.
+_MOST_HEADER_BYTES = 8 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Enqueue:
@@ -59,8 +62,8 @@ def surround_enqueue(make: E) -> E:
     """Enter `make(enqueue)` around every enqueue in this process. Can be used as a decorator.
 
     What the context manager yields, a mapping of texts or None, are headers: they are stored with the jobs, which have
-    them as `current_job.headers`. They are no secret, and not bounded as the payload is: keep them to a few hundred
-    bytes.
+    them as `current_job.headers`. They are no secret, and short: what one of those who give some yields is left out as
+    a whole where it takes more than 8 kB, or is no text that can be stored.
     """
     if not callable(make):
         raise ConfigError(f"surround_enqueue takes a callable that returns a context manager, not {make!r}")
@@ -122,15 +125,30 @@ def enqueuing(enqueue: Enqueue) -> Iterator[dict[str, str]]:
             given = surrounding.__enter__()
         except Exception:
             _complain(enqueue, make, "at its beginning; the job is enqueued without it")
-        else:
-            entered.append((make, surrounding))
-            headers.update(given or {})
+            continue
+        entered.append((make, surrounding))
+        try:
+            headers.update(_checked_headers(given or {}))
+        except Exception:
+            _complain(enqueue, make, "to give headers that can be stored; the job is enqueued without them")
     try:
         yield headers
     except BaseException as error:
         _leave_enqueue(enqueue, entered, error)
         raise
     _leave_enqueue(enqueue, entered, None)
+
+
+def _checked_headers(given: Mapping[str, str]) -> dict[str, str]:
+    headers = dict(given)
+    size = 0
+    for text in (*headers, *headers.values()):
+        if not isinstance(text, str) or "\0" in text:
+            raise ValueError(f"{text!r} is no text that PostgreSQL can store")
+        size += len(text.encode())  # raises for what is no Unicode
+    if size > _MOST_HEADER_BYTES:
+        raise ValueError(f"they take {size:,} bytes, more than {_MOST_HEADER_BYTES:,}")
+    return headers
 
 
 def _leave_enqueue(

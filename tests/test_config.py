@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from psycopg2.extensions import make_dsn, parse_dsn
 
 from greenjobs import config
-from greenjobs.config import OPTIONS, Settings, load, project_folder, redact
+from greenjobs.config import OPTIONS, Settings, load, project_folder
+from greenjobs.durations import duration
 from greenjobs.errors import ConfigError
+from greenjobs.redaction import redact
 
 ROOT = Path(__file__).parent.parent
 
@@ -375,7 +377,7 @@ def test_a_wrong_value_that_is_very_long_is_cut_in_the_message() -> None:
     ],
 )
 def test_a_duration_is_a_number_of_seconds_or_text_for_people(value: object, seconds: float) -> None:
-    assert config.duration(value) == seconds
+    assert duration(value) == seconds
 
 
 @pytest.mark.parametrize(
@@ -385,7 +387,7 @@ def test_a_duration_is_a_number_of_seconds_or_text_for_people(value: object, sec
 )
 def test_what_is_no_duration_is_refused(value: object) -> None:
     with pytest.raises((ValueError, OverflowError)):
-        config.duration(value)
+        duration(value)
 
 
 @pytest.mark.parametrize("forever", ["forever", " Forever ", "0", 0])

@@ -19,9 +19,8 @@ from psycopg2 import errors
 from waiting import eventually
 
 import greenjobs
-from greenjobs import config, embedded, job
+from greenjobs import config, embedded, grants, job
 from greenjobs.doctor import Limits, examine
-from greenjobs.inspection import health
 from greenjobs.runner import Runner
 
 PATIENCE_SECONDS = 30.0
@@ -284,9 +283,8 @@ def as_role(url: str, role: str) -> str:
 
 
 def grant_all(database: running.Database, role: str) -> None:
-    for table, rights in health.TABLES.items():
-        database.rows(f"GRANT {rights} ON {table} TO {role}")
-    database.rows(f"GRANT USAGE ON SEQUENCE background_jobs_id_seq, background_runners_id_seq TO {role}")
+    with database.connection.cursor() as cursor:
+        grants.give(cursor, [grants.Grant("run", role)])
 
 
 def test_rights_that_are_missing_are_named(database: running.Database, limited_role: str) -> None:
@@ -295,7 +293,7 @@ def test_rights_that_are_missing_are_named(database: running.Database, limited_r
     database.rows(f"REVOKE USAGE ON SEQUENCE background_runners_id_seq FROM {limited_role}")
     found = finding("rights", url=as_role(database.url, limited_role))
     assert found.level == "fail"
-    assert f"{limited_role} lacks DELETE on background_jobs; USAGE on background_runners_id_seq" in found.message
+    assert f"{limited_role} lacks DELETE on background_jobs; USAGE on public.background_runners_id_seq" in found.message
 
 
 def test_role_with_the_rights_that_are_asked_for_can_run_jobs(database: running.Database, limited_role: str) -> None:

@@ -156,6 +156,23 @@ def test_what_fails_around_an_enqueue_is_logged_and_the_job_is_there(
     assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["in", "out"]
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [{"a": 1}, {"a": "\0"}, {"a": "\ud800"}, {"a": "x" * 9000}, ["a"], "text"],
+    ids=lambda given: repr(given)[:20],
+)
+def test_headers_that_cannot_be_stored_are_left_out_and_the_job_is_there(
+    headers: Any, database: running.Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    @job
+    def work() -> None: ...
+
+    surround_enqueue(giving(headers))
+    surround_enqueue(giving({"trace": "1"}))
+    assert headers_of(database, work.delay().id) == {"trace": "1"}
+    assert "headers that can be stored" in caplog.text
+
+
 def test_what_surrounds_an_enqueue_hears_of_its_error_which_is_raised(database: running.Database) -> None:
     seen: list[Any] = []
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from greenjobs import config, jobs
 from greenjobs.cli import main
+from greenjobs.durations import duration
 
 PAGE = "jobs.md"
 TEXT = (pages.DOCS / PAGE).read_text(encoding="utf-8")
@@ -85,5 +86,5 @@ def test_options_in_the_table_are_those_of_the_command_and_of_python() -> None:
 
 
 def test_default_of_keep_failed_is_said() -> None:
-    assert config.OPTIONS["keep_failed"].default == config.duration("30 days")
+    assert config.OPTIONS["keep_failed"].default == duration("30 days")
     assert "`keep_failed` ago, 30 days if you do not set it" in TEXT

@@ -31,13 +31,9 @@ APPLICATION = """
     from email.message import EmailMessage
 
     import gevent, gevent.monkey
-    import psycopg2, psycopg2.pool, requests, sqlalchemy, urllib3
+    import boto3, psycopg2, psycopg2.pool, requests, sqlalchemy, urllib3
+    from botocore.config import Config
     from greenjobs import config, job
-
-    try:
-        import boto3
-    except ImportError:
-        boto3 = None
 
     AT_ONCE = 50
     HTTP = "http://127.0.0.1:" + os.environ["LEGACY_HTTP"]
@@ -68,21 +64,18 @@ APPLICATION = """
     def with_urllib3(number):
         assert http.request("GET", f"{HTTP}/urllib3", timeout=60).data == b"all there"
 
-    if boto3 is not None:
-        from botocore.config import Config
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=HTTP,
+        region_name="eu-west-1",
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+        config=Config(s3={"addressing_style": "path"}, max_pool_connections=AT_ONCE),
+    )
 
-        s3 = boto3.client(
-            "s3",
-            endpoint_url=HTTP,
-            region_name="eu-west-1",
-            aws_access_key_id="key",
-            aws_secret_access_key="secret",
-            config=Config(s3={"addressing_style": "path"}, max_pool_connections=AT_ONCE),
-        )
-
-        @job(queue="boto3", max_retries=0)
-        def with_boto3(number):
-            s3.head_bucket(Bucket="boto3")
+    @job(queue="boto3", max_retries=0)
+    def with_boto3(number):
+        s3.head_bucket(Bucket="boto3")
 
     @job(queue="smtplib", max_retries=0)
     def with_smtplib(number):
@@ -277,7 +270,6 @@ def site(server_url: str, migrated_template: str, tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize("library", BY_HTTP)
 def test_requests_are_under_way_at_once(site: Site, library: str) -> None:
     """The server answers when all are there."""
-    pytest.importorskip(library, reason=f"{library} is not installed: pip install {library}")
     site.enqueue(library)
     site.wait_until_done(library)
 

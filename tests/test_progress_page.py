@@ -9,6 +9,7 @@ import pages
 import pytest
 
 from greenjobs import config, reporter
+from greenjobs.durations import duration
 from greenjobs.progress import KEPT_LINES, LONGEST_LINE, LONGEST_MESSAGE, MOST_KEPT_LINES
 from greenjobs.tally import Tally
 
@@ -82,5 +83,5 @@ def test_every_count_is_on_the_page() -> None:
 
 
 def test_default_of_keep_counts_is_said() -> None:
-    assert config.OPTIONS["keep_counts"].default == config.duration("7 days")
+    assert config.OPTIONS["keep_counts"].default == duration("7 days")
     assert "`keep_counts`, 7 days if you do not set it" in COUNTS

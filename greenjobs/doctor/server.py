@@ -13,12 +13,13 @@ import psycopg2
 from gevent.socket import wait_read
 from psycopg2 import extensions
 
-from greenjobs import config, inspection, migrate
+from greenjobs import inspection, migrate
 from greenjobs.doctor.case import Case, Check
 from greenjobs.doctor.finding import Verdict, fail, ok, skipped, warn
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import DatabaseUnavailable, SchemaError
 from greenjobs.inspection import health
+from greenjobs.redaction import redact
 from greenjobs.service import SERVICE_CONNECTIONS
 
 _NAP_SECONDS = 0.2
@@ -39,7 +40,7 @@ _DIRECT_WAY = "let session_url (--session-url, GREENJOBS_SESSION_URL) name a dir
 def connection(case: Case) -> Verdict:
     """Whether the database can be reached, and in what time."""
     url = case.settings.require_database_url()
-    shown = config.redact(url)
+    shown = redact(url)
     if unknown := _unknown_hosts(url, case.limits.connect_seconds):
         return fail(
             f"{shown}: the name of the host cannot be looked up: {', '.join(unknown)}",
@@ -122,7 +123,9 @@ def rights(case: Case) -> Verdict:
     missing += [f"USAGE on {sequence}" for sequence in health.unusable_sequences(reached)]
     user = health.server(reached).user
     if missing:
-        return fail(f"{user} lacks {'; '.join(missing)}", f"GRANT it to {user}, as the owner of the tables")
+        return fail(
+            f"{user} lacks {'; '.join(missing)}", f"as the owner of the tables: `greenjobs migrate --grant run={user}`"
+        )
     return ok(f"{user} has every right on the tables that runners need")
 
 
@@ -162,7 +165,7 @@ def session(case: Case) -> Verdict:
             return warn(f"a pooler {kind} is in between: {lost}", _DIRECT_WAY)
     if not health.lock_is_seen(reached, case.connection()):
         return fail(
-            f"a lock taken by {config.redact(case.session_url)} is not there, seen from the database of the jobs: "
+            f"a lock taken by {redact(case.session_url)} is not there, seen from the database of the jobs: "
             f"runners would take each other for dead",
             "let session_url lead to the same database, and through no pooler",
         )

@@ -6,33 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from greenjobs.grants import RIGHTS
+
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
 # "grjd" in ASCII: beside the locks of runners and of migrations.
 _LOCK_CLASS = 0x67726A64
 
-_ALL_RIGHTS = "SELECT, INSERT, UPDATE, DELETE"
+TABLES = RIGHTS["run"]
+"""The tables, and what runners have to be allowed to do with them."""
 
-TABLES = {
-    **dict.fromkeys(
-        (
-            "background_jobs",
-            "background_runners",
-            "background_waiting",
-            "background_schedules",
-            "background_unique_windows",
-            "background_history",
-            "background_counts",
-            "background_queues",
-        ),
-        _ALL_RIGHTS,
-    ),
-    "background_migrations": "SELECT",
-}
-"""The tables, and what runners and commands have to be allowed to do with them."""
-
-_SEQUENCES = ("background_jobs_id_seq", "background_runners_id_seq")
+_NUMBERED = ("background_jobs", "background_runners")
 
 
 class Server(NamedTuple):
@@ -242,18 +227,22 @@ def tables(connection: Connection) -> dict[str, Table]:
         }
 
 
+# In an adopted table they may be called otherwise.
 _UNUSABLE_SEQUENCES = """
-SELECT name
-FROM unnest(%(names)s::text[]) AS name
-WHERE to_regclass(name) IS NOT NULL
-    AND NOT has_sequence_privilege(to_regclass(name), 'USAGE')
+SELECT sequence
+FROM (
+    SELECT pg_get_serial_sequence(name, 'id') AS sequence
+    FROM unnest(%(names)s::text[]) AS name
+    WHERE to_regclass(name) IS NOT NULL
+) AS drawn
+WHERE NOT has_sequence_privilege(sequence, 'USAGE')
 """
 
 
 def unusable_sequences(connection: Connection) -> list[str]:
-    """The sequences of our tables that this role may not use."""
+    """The sequences that number the rows of our tables, and that this role may not use."""
     with connection.cursor() as cursor:
-        cursor.execute(_UNUSABLE_SEQUENCES, {"names": list(_SEQUENCES)})
+        cursor.execute(_UNUSABLE_SEQUENCES, {"names": list(_NUMBERED)})
         return [row[0] for row in cursor.fetchall()]
 
 
