@@ -322,7 +322,7 @@ def test_pooler_in_transaction_mode_is_found_out(database: running.Database) -> 
     with poolers.in_front_of(database.url) as url:
         found = findings("session", "notify", "connections", url=url)
     assert found["session"].level == "warn"
-    assert "a pooler in transaction mode is in between" in found["session"].message
+    assert "a pooler is in between, in transaction mode: " in found["session"].message
     assert "session_url" in str(found["session"].remedy)
     assert (found["notify"].level, found["connections"].level) == ("skipped", "skipped")
 
@@ -330,7 +330,7 @@ def test_pooler_in_transaction_mode_is_found_out(database: running.Database) -> 
 def test_pooler_that_keeps_sessions_is_found_out(database: running.Database) -> None:
     with poolers.in_front_of(database.url, keeps_sessions=True) as url:
         found = finding("session", url=url)
-    assert (found.level, "a pooler that keeps sessions" in found.message) == ("warn", True)
+    assert (found.level, "a pooler is in between, which keeps sessions" in found.message) == ("warn", True)
 
 
 def test_pooler_that_keeps_sessions_is_no_matter_where_a_lock_is_asked_for(database: running.Database) -> None:

@@ -157,12 +157,14 @@ def session(case: Case) -> Verdict:
     except DatabaseUnavailable as error:
         return fail(str(error), "correct session_url, or leave it out where no pooler is in between")
     if reached.is_pooled:
-        kind = "in transaction mode" if _changes_sessions(case) else "that keeps sessions, as far as can be seen"
-        if mode == "lock" and kind == "in transaction mode":
-            return fail(f"session is 'lock', and a pooler {kind} keeps no locks", _DIRECT_WAY)
+        shares = _changes_sessions(case)
+        if mode == "lock" and shares:
+            return fail("session is 'lock', and a pooler in transaction mode keeps no locks", _DIRECT_WAY)
         if mode != "lock":
+            kind = "in transaction mode" if shares else "which keeps sessions, as far as can be seen"
             lost = "runners live by a lease, find jobs by polling, and take over those of dead ones after 20 s"
-            return warn(f"a pooler {kind} is in between: {lost}", _DIRECT_WAY)
+            remedy = _DIRECT_WAY if shares else f"{_DIRECT_WAY}; or set session to 'lock'"
+            return warn(f"a pooler is in between, {kind}: {lost}", remedy)
     if not health.lock_is_seen(reached, case.connection()):
         return fail(
             f"a lock taken by {redact(case.session_url)} is not there, seen from the database of the jobs: "
