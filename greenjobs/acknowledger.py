@@ -6,6 +6,7 @@ There is no timer and no added delay: while one statement is under way the next 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -32,8 +33,11 @@ Item = TypeVar("Item")
 class Group(Generic[Item]):
     """Gathers items and writes them together, one statement at a time."""
 
-    def __init__(self, write: Callable[[Sequence[Item]], None], spawn: Spawn) -> None:
+    def __init__(
+        self, write: Callable[[Sequence[Item]], None], spawn: Spawn, on_written: Sequence[Callable[[float], None]] = ()
+    ) -> None:
         self._write = write
+        self._on_written = on_written
         self._gathered: list[Item] = []
         self._in_writing: list[Item] = []
         self._arrived = Event()
@@ -67,8 +71,11 @@ class Group(Generic[Item]):
             self._arrived.clear()
             while self._gathered:
                 self._in_writing, self._gathered = self._gathered[:_LARGEST_GROUP], self._gathered[_LARGEST_GROUP:]
+                started = time.perf_counter()
                 self._write(self._in_writing)
                 self._in_writing = []
+                for tell in self._on_written:
+                    tell(time.perf_counter() - started)
             self._drained.set()
 
 
@@ -83,12 +90,14 @@ class Acknowledger:
         self._service = service
         self._on_settled = on_settled
         self.reporter = Reporter(service, spawn=spawn)
-        self.done: Group[Fence] = Group(self._write_done, spawn)
-        self.ended: Group[Ended] = Group(self._write_ended, spawn)
-        self.failed: Group[Failure] = Group(self._write_failed, spawn)
-        self.unfinished: Group[Fence] = Group(self._write_unfinished, spawn)
-        self.interrupted: Group[Fence] = Group(self._write_interrupted, spawn)
-        self.snoozed: Group[Snoozed] = Group(self._write_snoozed, spawn)
+        self.on_written: list[Callable[[float], None]] = []
+        """Called with how many seconds it took to write a group of outcomes; must not raise."""
+        self.done: Group[Fence] = Group(self._write_done, spawn, self.on_written)
+        self.ended: Group[Ended] = Group(self._write_ended, spawn, self.on_written)
+        self.failed: Group[Failure] = Group(self._write_failed, spawn, self.on_written)
+        self.unfinished: Group[Fence] = Group(self._write_unfinished, spawn, self.on_written)
+        self.interrupted: Group[Fence] = Group(self._write_interrupted, spawn, self.on_written)
+        self.snoozed: Group[Snoozed] = Group(self._write_snoozed, spawn, self.on_written)
         self._groups = (self.done, self.ended, self.failed, self.unfinished, self.interrupted, self.snoozed)
 
     def pending_ids(self) -> set[int]:

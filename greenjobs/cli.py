@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import itertools
 import json
 import logging
+import os
 import platform
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 import gevent
 
-from greenjobs import config, counts, grants, inspection, migrate, pool
+from greenjobs import config, counts, grants, inspection, logs, migrate, pool
 from greenjobs.cli_counts import counts_command, print_rates
 from greenjobs.cli_doctor import doctor_command, warn_at_start
 from greenjobs.cli_jobs import jobs_group
-from greenjobs.cli_options import configure, find_application, plain_errors, setting_options
+from greenjobs.cli_options import configure, find_application, plain_errors, setting_options, show
 from greenjobs.cli_queues import print_changed_queues, queues_group
 from greenjobs.cli_schedules import schedules_group
+from greenjobs.contrib import metrics_number
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
+from greenjobs.metrics_folder import NUMBER
 from greenjobs.redaction import redact
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
@@ -76,6 +81,7 @@ main.add_command(schedules_group)
     "max_memory",
     "default_queue",
     "log_level",
+    "log_format",
 )
 @click.option(
     "--queue", "queues", multiple=True, metavar=_QUEUE_FORM.split(",")[0], help=f"{_QUEUE_FORM}; again for more."
@@ -91,14 +97,17 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
     --app names it. With --processes, --max-jobs, --max-memory or --reload, a supervisor keeps the processes at work.
     """
     with plain_errors():
-        settings = configure(arguments)
+        settings = configure(arguments, loads_application=True)
         line = Line.open(settings)
+        if NUMBER in os.environ:  # before the application makes metrics
+            metrics_number.take()
         if line is None and (reload or settings.needs_supervisor):
             raise ConfigError(
                 "processes, max_jobs, max_memory and --reload need a supervisor, which is there when the command is "
                 "`greenjobs run`, or `python -m greenjobs run`, and `run` its first argument"
             )
         application, equipment = _load_application(settings.app)
+        logs.settle()
         if equipment is not None:
             equipment.adopt()
             settings = config.current()
@@ -125,14 +134,15 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
         handle = runner.prepare()
         # Before the start, in which jobs may begin: from then on a signal must not just end the process.
         _handle_signals(handle)
-        handle.start()
-        _banner(url, handle, jobs)
-        warn_at_start(settings, handle)
-        if equipment is not None:
-            equipment.check(handle)
-        if line is not None:
-            line.report_up(handle)
-        handle.wait_for_shutdown()
+        with _measured(handle, settings):
+            handle.start()
+            _banner(url, handle, jobs)
+            warn_at_start(settings, handle)
+            if equipment is not None:
+                equipment.check(handle)
+            if line is not None:
+                line.report_up(handle)
+            handle.wait_for_shutdown()
         logger.info("stopped")
         if handle.gave_up_jobs:
             sys.exit(EXIT_INTERRUPTED)
@@ -254,7 +264,10 @@ def _load_application(name: str | None) -> tuple[Any, Equipment | None]:
         raise
     except Exception:
         # The application's own mistake: its traceback says where, and the status, that another try is of no use.
-        traceback.print_exc()
+        if logs.writes_json():
+            logger.critical("the application cannot be loaded", exc_info=True)
+        else:
+            traceback.print_exc()
         sys.exit(EXIT_MISTAKE)
 
 
@@ -288,6 +301,22 @@ def _parse_queue(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+@contextlib.contextmanager
+def _measured(handle: RunnerHandle, settings: config.Settings) -> Iterator[None]:
+    """Measure the runner where somebody may ask for it: over HTTP, or in a way of the application's own."""
+    is_asked_for = getattr(settings, "http", None) is not None or "greenjobs.contrib.prometheus" in sys.modules
+    if not is_asked_for or importlib.util.find_spec("prometheus_client") is None:
+        yield
+        return
+    from greenjobs.contrib import prometheus
+
+    watch = prometheus.watch(handle)
+    try:
+        yield
+    finally:
+        watch.stop()
+
+
 def _banner(url: str, handle: RunnerHandle, jobs: dict[str, Job[Any, Any]]) -> None:
     queues = ", ".join(_described(worker, handle.queues[queue]) for queue, worker in handle.workers.items())
     if handle.share is not None:
@@ -314,4 +343,4 @@ def _handle_signals(handle: RunnerHandle) -> None:
     # The terminal was closed, or the supervisor killed; nohup makes it ignored, and so it stays.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         gevent.signal_handler(signal.SIGHUP, lambda: handle.shutdown(urgency=1))
-    gevent.signal_handler(signal.SIGQUIT, lambda: click.echo(handle.stacks(), err=True))
+    gevent.signal_handler(signal.SIGQUIT, lambda: show(handle.stacks()))

@@ -6,18 +6,20 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import psycopg2
 
-from greenjobs import config
+from greenjobs import config, logs
 from greenjobs.errors import GreenjobsError
 from greenjobs.loading import load_application
-from greenjobs.supervisor import EXIT_MISTAKE, LOG_FORMAT
+from greenjobs.supervisor import EXIT_MISTAKE
 
 if TYPE_CHECKING:
     from greenjobs.contrib.flask import Equipment
+
+logger = logging.getLogger(__name__)
 
 Command = Callable[..., Any]
 
@@ -35,12 +37,12 @@ def setting_options(*names: str) -> Callable[[Command], Command]:
     return decorate
 
 
-def configure(arguments: dict[str, str | None]) -> config.Settings:
-    """The settings with these arguments; and logging as they say, unless somebody has set it up."""
+def configure(arguments: dict[str, str | None], *, loads_application: bool = False) -> config.Settings:
+    """The settings with these arguments; and logging as they say, unless somebody has set it up, or, with
+    `loads_application`, is about to."""
     config.configure(**arguments)
     settings = config.current()
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=settings.log_level, format=LOG_FORMAT, stream=sys.stderr)
+    logs.set_up(settings, loads_application=loads_application)
     return settings
 
 
@@ -64,8 +66,22 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except GreenjobsError as error:
-        click.echo(f"greenjobs: {error}", err=True)
-        sys.exit(EXIT_MISTAKE)
+        _complain(str(error))
     except psycopg2.Error as error:
-        click.echo(f"greenjobs: the database says: {str(error).strip()}", err=True)
-        sys.exit(EXIT_MISTAKE)
+        _complain(f"the database says: {str(error).strip()}")
+
+
+def _complain(message: str) -> NoReturn:
+    if logs.writes_json():  # whoever reads the lines is to hear of this one, too
+        logger.error("%s", message)
+    else:
+        click.echo(f"greenjobs: {message}", err=True)
+    sys.exit(EXIT_MISTAKE)
+
+
+def show(text: str) -> None:
+    """Print a text that somebody asked for to standard error: where lines are JSON, as one of them."""
+    if logs.writes_json():
+        logger.info("%s", text)
+    else:
+        click.echo(text, err=True)

@@ -284,6 +284,11 @@ class Settings:
         _Kind(_log_level, f"one of {', '.join(_LOG_LEVELS)}"),
         "What the command line logs: messages of this level and above.",
     )
+    log_format: str = _option(
+        "plain",
+        _one_of("plain", "json"),
+        "How it logs, unless the application sets logging up: lines for people, or a JSON object in each line.",
+    )
     schedules: tuple[str, ...] = _option(
         (),
         _Kind(

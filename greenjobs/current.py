@@ -116,6 +116,11 @@ _attempt: ContextVar[Attempt] = ContextVar("greenjobs_attempt")
 enter_attempt = _attempt.set
 
 
+def attempt_here() -> Attempt | None:
+    """The attempt that runs in this greenlet, or thread; None outside of a job."""
+    return _attempt.get(None)
+
+
 class CurrentJob:
     """What a job can ask about itself. Every attribute raises NoCurrentJob outside a job; bool(current_job) tells."""
 

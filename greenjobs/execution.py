@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Meter = Callable[[events.Outcome, float, float], None]
+"""Called with the outcome of an attempt, how long it ran, and how long it had waited; must neither raise nor wait."""
+
 # Jobs that never wait leave the event loop a turn this often.
 _SLICE_SECONDS = 0.001
 
@@ -55,7 +58,8 @@ class Executor:
     """Runs the jobs of one queue, `pool` at a time, which may change.
 
     `on_room` is called when there may be room for more. `finished` counts jobs and `busy_seconds` adds up how long they
-    ran; both only grow. `tallies` count by job type, for whoever takes from them.
+    ran; both only grow. `tallies` count by job type, for whoever takes from them. `meters` measure, if there are any:
+    that of its job type is called at the end of an attempt.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Executor:
         self.finished = 0
         self.busy_seconds = 0.0
         self.tallies = {job_type: Tally() for job_type in jobs}
+        self.meters: Mapping[str, Meter] | None = None
         self._jobs = jobs
         self._place = place
         self._surroundings = place.surroundings
@@ -275,6 +280,8 @@ class Executor:
                 tally.waited_seconds += row.waited
             else:
                 tally.add(outcome, seconds, row.waited)
+            if self.meters is not None:
+                self.meters[row.job_type](outcome, seconds, row.waited)
             self._on_room()
 
     def _settle_raised(self, attempt: Attempt, error: BaseException) -> events.Outcome:

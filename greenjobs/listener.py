@@ -126,7 +126,7 @@ class Listener:
         logger.warning(
             "runner %s lost its session (%s); claiming nothing until it has another",
             *(self._runner, why),
-            extra={"runner": self._runner},
+            extra={"runner_id": self._runner},
         )
 
     def _listen(self) -> None:

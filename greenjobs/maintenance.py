@@ -85,6 +85,8 @@ class Maintenance:
         self._queues_changed = Event()
         self._looks_at_queues = 0
         self._look_that_counts = 0
+        self.rescued = 0
+        """How many jobs were taken back from dead runners so far."""
         self._greenlets: list[gevent.Greenlet[..., None]] = []
         self._audited_at = time.monotonic()
         self._prune_at = time.monotonic()
@@ -209,6 +211,7 @@ class Maintenance:
         if not dead:
             return
         rescued = self._service.call(storage.rescue, dead, most_crashes=self._fellow.max_crashes)
+        self.rescued += len(rescued)
         for job in rescued:
             level, outcome = (logging.ERROR, "failed") if job.has_failed else (logging.WARNING, "available again")
             logger.log(

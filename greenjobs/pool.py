@@ -88,6 +88,11 @@ class ConnectionPool:
         """
         return Loan(self)
 
+    @property
+    def in_use(self) -> int:
+        """How many connections are lent at this moment, or being opened."""
+        return self._open - len(self._idle)
+
     def close(self) -> None:
         """Close the idle connections; those that are lent are closed when they come back."""
         with self._lock:

@@ -20,7 +20,7 @@ import psycopg2
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
-from greenjobs import config, green, inspection, migrate, pool, storage, surroundings
+from greenjobs import config, green, inspection, lending, logs, migrate, pool, storage, surroundings
 from greenjobs.acknowledger import Acknowledger
 from greenjobs.counting import Counting
 from greenjobs.current import Place
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
     from greenjobs.inspection import QueueSetting
+    from greenjobs.pool import ConnectionPool
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +244,13 @@ class RunnerHandle:
         self._suspects = BoundedSemaphore()
         self._error: BaseException | None = None
         enqueue_pool = pool.shared_pool(runner.settings, runner.database_url)
+        self.pools: Mapping[str, ConnectionPool] = {
+            "runner": self._service.pool,
+            "enqueue": enqueue_pool,
+            "job": lending.job_pool(runner.settings, runner.database_url),
+        }
+        """The connections of this process to the database, by what they are for."""
+        self.on_outcomes_written = self._acknowledger.on_written
         self._said_of_queues: Mapping[str, QueueSetting] = {}
         weights = [options["weight"] for options in queues.values() if "weight" in options]
         slots = next((options["share"] for options in queues.values() if "share" in options), None)
@@ -303,6 +311,11 @@ class RunnerHandle:
     def finished_jobs(self) -> int:
         """How many jobs have run to their end here, well or not, since the runner was started."""
         return sum(worker.finished for worker in self.workers.values())
+
+    @property
+    def rescued_jobs(self) -> int:
+        """How many jobs it has taken back from runners that died."""
+        return self._maintenance.rescued
 
     def stacks(self) -> str:
         """Where every job of this runner stands at this moment, as text for people."""
@@ -376,6 +389,7 @@ class RunnerHandle:
 
     def start(self) -> None:
         """Start; see Runner.start. One that was told to stop meanwhile starts, and stops in good order."""
+        logs.note_runner(self.name)
         try:
             with self._service.pool.connection() as connection:
                 migrate.require_current(connection)

@@ -31,13 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from greenjobs import config
+from greenjobs import config, logs
 from greenjobs.errors import ConfigError
+from greenjobs.metrics_folder import MetricsFolder, free_number
 from greenjobs.version import __version__
 
 logger = logging.getLogger(__name__)
-
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 # What a person can mend ends with click's own status for a wrong command line.
 EXIT_MISTAKE = 2
@@ -62,7 +61,7 @@ _MANY_EARLY_DEATHS = 3
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
 _FILES_CHANGED = 0  # goes the way of the signals' numbers, and is none
 
-_OWN_OPTIONS = ("processes", "max_jobs", "max_memory", "log_level")
+_OWN_OPTIONS = ("processes", "max_jobs", "max_memory", "log_level", "log_format")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,7 @@ def supervise(order: Order) -> int:
 
     Call it in the main thread: on Linux a child is told when the thread ends that started it.
     """
-    logging.basicConfig(level=order.settings.log_level, format=LOG_FORMAT, stream=sys.stderr)
+    logs.set_up(order.settings)
     if order.reload:
         try:
             import watchfiles  # noqa: F401
@@ -124,6 +123,8 @@ class _Child:
     line: socket.socket
     slot: _Slot
     generation: int
+    number: int
+    """That of its metrics; one that starts when this one has ended may get it, too."""
     started_at: float
     is_up: bool = False
     is_leaving: bool = False
@@ -170,6 +171,7 @@ class Supervisor:
         self._folder = _working_folder()
         self._slots = [_Slot() for _ in range(order.settings.processes)]
         self._children: list[_Child] = []
+        self._metrics = MetricsFolder()
         self._generation = 0
         self._has_been_up = False
         self._looked_at = 0.0
@@ -186,7 +188,7 @@ class Supervisor:
     def run(self) -> int:
         """Work until all children have ended for good; returns the exit status."""
         logger.info("greenjobs %s, supervisor %s of %s processes", __version__, os.getpid(), len(self._slots))
-        with self._hearing_signals(), self._watching_files():
+        with contextlib.closing(self._metrics), self._hearing_signals(), self._watching_files():
             while not self._is_over():
                 self._start_what_is_due()
                 self._wait()
@@ -226,11 +228,13 @@ class Supervisor:
     def _start(self, slot: _Slot) -> _Child | None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
+        number = free_number({child.number for child in self._children})
+        told = {SUPERVISED: f"{os.getpid()}:{theirs.fileno()}", **self._metrics.environment(number)}
         try:
             process = subprocess.Popen(
                 self._command,
                 cwd=self._folder,
-                env={**os.environ, SUPERVISED: f"{os.getpid()}:{theirs.fileno()}"},
+                env={**os.environ, **told},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -240,7 +244,7 @@ class Supervisor:
             return None
         finally:
             theirs.close()
-        child = _Child(process, ours, slot, self._generation, time.monotonic())
+        child = _Child(process, ours, slot, self._generation, number, time.monotonic())
         self._children.append(child)
         self._selector.register(ours, selectors.EVENT_READ, child)
         logger.info("%s is starting", child, extra={"pid": process.pid})
@@ -340,6 +344,7 @@ class Supervisor:
             self._hang_up(child)
             child.line.close()
             self._children.remove(child)
+            self._metrics.forget(child.number, child.process.pid)
             self._note_end(child)
 
     def _note_end(self, child: _Child) -> None:

@@ -15,7 +15,7 @@ from gevent.event import Event
 
 from greenjobs import storage
 from greenjobs.current import Attempt, Place
-from greenjobs.execution import Executor
+from greenjobs.execution import Executor, Meter
 from greenjobs.job import Job
 from greenjobs.storage import ClaimCursor, ClaimedJob
 from greenjobs.tally import Tally
@@ -179,6 +179,11 @@ class Worker:
         return self._executor.running
 
     @property
+    def ready(self) -> int:
+        """How many jobs were claimed here and have not started."""
+        return self._executor.ready
+
+    @property
     def finished(self) -> int:
         """How many jobs have run to their end here, well or not."""
         return self._executor.finished
@@ -187,6 +192,10 @@ class Worker:
     def tallies(self) -> Mapping[str, Tally]:
         """What ended here and how, by job type, for the runner to take and write."""
         return self._executor.tallies
+
+    def measure(self, meters: Mapping[str, Meter] | None) -> None:
+        """Have the attempts measured by these, which are by job type; None: by nobody."""
+        self._executor.meters = meters
 
     @property
     def is_idle(self) -> bool:

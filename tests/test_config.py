@@ -74,6 +74,7 @@ def test_without_any_source_every_option_has_its_default() -> None:
         "job_connection_timeout": 30.0,
         "default_queue": "default",
         "log_level": "INFO",
+        "log_format": "plain",
         "schedules": (),
     }
 
@@ -123,6 +124,7 @@ def test_every_option_can_be_set_by_a_variable_of_its_name(
         "app": "myapp.jobs",
         "on_session_loss": "interrupt",
         "log_level": "debug",
+        "log_format": "json",
     }
     value = words.get(option.name, "12")
     monkeypatch.setenv(f"GREENJOBS_{option.name.upper()}", value)
@@ -315,6 +317,7 @@ WRONG = [
     ("default_queue", "bell\a"),
     ("log_level", "LOUD"),
     ("log_level", 10),
+    ("log_format", "xml"),
     ("app", ""),
     ("app", 3),
     ("session_url", "embedded:"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import running
 from waiting import eventually
 
 import greenjobs
-from greenjobs import job
+from greenjobs import call, job
 from greenjobs.errors import DatabaseUnavailable
 from greenjobs.runner import Runner
 
@@ -219,7 +218,7 @@ def test_bulks_of_the_same_unique_jobs_in_opposite_order_both_succeed(
             CREATE TRIGGER {name} {when} INSERT ON background_jobs FOR EACH ROW EXECUTE FUNCTION {name}()
             """
         )
-    monkeypatch.setattr(sys.modules["greenjobs.job"], "BATCH_SIZE", statement_size)
+    monkeypatch.setattr(call, "BATCH_SIZE", statement_size)
     calls = [(n,) for n in range(10)]
     gevent.joinall([gevent.spawn(train.delay_many, each) for each in (calls, calls[::-1])], raise_error=True)
     assert database.count() == 10

@@ -17,7 +17,7 @@ import running
 from psycopg2.extensions import connection as Connection
 from waiting import eventually
 
-from greenjobs import inspection, job, jobs, storage
+from greenjobs import call, inspection, job, jobs, storage
 from greenjobs.errors import UniquenessError
 from greenjobs.job import Job
 from greenjobs.pool import connect
@@ -177,7 +177,7 @@ def test_bulks_of_the_same_keys_in_any_order_do_not_deadlock(
     database: running.Database, monkeypatch: pytest.MonkeyPatch, until: Any, on_conflict: str, batch_size: int
 ) -> None:
     """In one statement each, or in several."""
-    monkeypatch.setattr(sys.modules["greenjobs.job"], "BATCH_SIZE", batch_size)
+    monkeypatch.setattr(call, "BATCH_SIZE", batch_size)
     monkeypatch.setattr(sys.modules["greenjobs.storage.enqueuing"], "_DEADLOCK_ROUNDS", 0)
     notify = declare(until, on_conflict)
     customers = list(range(20))
@@ -600,7 +600,7 @@ def test_later_items_of_a_bulk_act_on_the_earlier_ones(
     is_waiting: bool,
     batch_size: int,
 ) -> None:
-    monkeypatch.setattr(sys.modules["greenjobs.job"], "BATCH_SIZE", batch_size)
+    monkeypatch.setattr(call, "BATCH_SIZE", batch_size)
     notify = declare(until, on_conflict)
     waiting = [notify.delay(1, [0]).id] if is_waiting else []
     handles = notify.delay_many([(1, [1]), (2, [2]), (1, [3]), (3, [4]), (1, [5])])
@@ -630,7 +630,7 @@ def test_later_items_of_a_bulk_act_on_the_earlier_ones(
 def test_bulk_keeps_its_order_and_items_without_a_key_are_all_enqueued(
     database: running.Database, monkeypatch: pytest.MonkeyPatch, until: Any, batch_size: int
 ) -> None:
-    monkeypatch.setattr(sys.modules["greenjobs.job"], "BATCH_SIZE", batch_size)
+    monkeypatch.setattr(call, "BATCH_SIZE", batch_size)
 
     @job(unique_key=lambda number: None if number == 0 else f"n{number}", until=until)
     def work(number: int) -> None: ...
