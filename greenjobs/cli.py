@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import gevent
 
-from greenjobs import config, counts, grants, inspection, logs, migrate, pool
+from greenjobs import config, counts, grants, health, inspection, logs, migrate, pool
 from greenjobs.cli_counts import counts_command, print_rates
 from greenjobs.cli_doctor import doctor_command, warn_at_start
+from greenjobs.cli_health import health_command
 from greenjobs.cli_jobs import jobs_group
 from greenjobs.cli_options import configure, find_application, plain_errors, setting_options, show
 from greenjobs.cli_queues import print_changed_queues, queues_group
@@ -35,6 +36,7 @@ from greenjobs.redaction import redact
 from greenjobs.runner import Runner, RunnerHandle
 from greenjobs.supervised import Line
 from greenjobs.supervisor import EXIT_MISTAKE
+from greenjobs.systemd import Notifier
 from greenjobs.version import __version__
 from greenjobs.worker import Worker
 
@@ -57,6 +59,7 @@ def main() -> None:
 
 main.add_command(counts_command)
 main.add_command(doctor_command)
+main.add_command(health_command)
 main.add_command(jobs_group)
 main.add_command(queues_group)
 main.add_command(schedules_group)
@@ -79,6 +82,7 @@ main.add_command(schedules_group)
     "processes",
     "max_jobs",
     "max_memory",
+    "http",
     "default_queue",
     "log_level",
     "log_format",
@@ -101,6 +105,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
         line = Line.open(settings)
         if NUMBER in os.environ:  # before the application makes metrics
             metrics_number.take()
+        notifier = Notifier.taken()
         if line is None and (reload or settings.needs_supervisor):
             raise ConfigError(
                 "processes, max_jobs, max_memory and --reload need a supervisor, which is there when the command is "
@@ -132,16 +137,20 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
         if line is not None:
             line.begin(settings)
         handle = runner.prepare()
-        # Before the start, in which jobs may begin: from then on a signal must not just end the process.
-        _handle_signals(handle)
-        with _measured(handle, settings):
+        http = settings.http if line is None else line.http
+        with health.serving(handle, http) as server, _measured(handle, settings):
+            # Before the start, in which jobs may begin: from then on a signal must not just end the process.
+            _handle_signals(handle)
             handle.start()
+            if server is not None and line is None:
+                logger.info("http: %s", server.address)
             _banner(url, handle, jobs)
             warn_at_start(settings, handle)
             if equipment is not None:
                 equipment.check(handle)
             if line is not None:
                 line.report_up(handle)
+            health.tell_systemd(handle, notifier, grace=settings.grace)
             handle.wait_for_shutdown()
         logger.info("stopped")
         if handle.gave_up_jobs:
@@ -304,7 +313,7 @@ def _parse_queue(text: str) -> tuple[str, dict[str, Any]]:
 @contextlib.contextmanager
 def _measured(handle: RunnerHandle, settings: config.Settings) -> Iterator[None]:
     """Measure the runner where somebody may ask for it: over HTTP, or in a way of the application's own."""
-    is_asked_for = getattr(settings, "http", None) is not None or "greenjobs.contrib.prometheus" in sys.modules
+    is_asked_for = settings.http is not None or "greenjobs.contrib.prometheus" in sys.modules
     if not is_asked_for or importlib.util.find_spec("prometheus_client") is None:
         yield
         return

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from greenjobs import settings_file
+from greenjobs import address, settings_file
 from greenjobs.durations import DURATION_FORMS, duration
 from greenjobs.errors import ConfigError
 from greenjobs.redaction import keyword_pairs, redact
@@ -131,6 +131,12 @@ def _one_of(*words: str) -> _Kind[str]:
 
 def _how_long_to_keep(value: object) -> float:
     return 0.0 if isinstance(value, str) and value.strip().lower() == "forever" else duration(value)
+
+
+def _http_address(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    return str(address.Address.parse(_text(value)))
 
 
 # The scheme is all that is looked at: the rest is for libpq, which knows hosts, options and their versions better.
@@ -250,6 +256,11 @@ class Settings:
         None,
         _number(int, "a whole number of megabytes", 1, 10_000_000),
         "A process that occupies so many megabytes of memory is replaced by a fresh one.",
+    )
+    http: str | None = _option(
+        None,
+        _Kind(_http_address, address.ALLOWED),
+        "Where a runner tells how it is, by HTTP: /livez, /readyz, /metrics, /jobs. A port alone is one of 127.0.0.1.",
     )
     max_payload_bytes: int = _option(
         1024 * 1024,

@@ -13,7 +13,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import gevent
 import psycopg2
@@ -40,10 +40,13 @@ from greenjobs.worker import Worker
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
+    from greenjobs.current import Attempt
     from greenjobs.inspection import QueueSetting
     from greenjobs.pool import ConnectionPool
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 _CONNECT_SECONDS = 10.0
 
@@ -317,9 +320,26 @@ class RunnerHandle:
         """How many jobs it has taken back from runners that died."""
         return self._maintenance.rescued
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return bool(self._shutdown_asked.is_set())
+
+    def wait_until_stopping(self, timeout: float | None = None) -> bool:
+        """Block until the runner is told to stop, `timeout` seconds at most; whether it was."""
+        return bool(self._shutdown_asked.wait(timeout))
+
+    def attempts(self) -> list[Attempt]:
+        """What runs at this moment."""
+        return [attempt for worker in self.workers.values() for attempt in worker.running.values()]
+
+    def ask(self, statement: Callable[[Connection], R]) -> R:
+        """`statement(connection)`, on a connection of the runner's own; tried once."""
+        return self._service.once(statement)
+
     def stacks(self) -> str:
         """Where every job of this runner stands at this moment, as text for people."""
-        attempts = [attempt for worker in self.workers.values() for attempt in worker.running.values()]
+        attempts = self.attempts()
         parts = [f"{self.name} runs {len(attempts)} jobs"]
         for attempt in attempts:
             seconds = time.perf_counter() - attempt.started
@@ -443,6 +463,7 @@ class RunnerHandle:
                 self._wait_until_empty()
             else:
                 self._shutdown_asked.wait()
+            self._shutdown_asked.set()  # where nobody asked, because it is empty: it claims no more all the same
             self._drain()
         except BaseException as error:  # reported to whoever waits for the runner
             self._error = error

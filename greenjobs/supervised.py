@@ -40,7 +40,9 @@ _MEGABYTE = 2**20
 class Line:
     """The child's end of the line. It may be ended at any time until `begin`; from then on it is told to stop."""
 
-    def __init__(self, fd: int, settings: Settings) -> None:
+    def __init__(self, fd: int, settings: Settings, http: str | None = None) -> None:
+        self.http = http
+        """Where the supervisor asks this process how it is, if it does."""
         self._fd = fd
         self._settings = settings
         self._loop = gevent.get_hub().loop
@@ -53,6 +55,7 @@ class Line:
     def open(cls, settings: Settings) -> Line | None:
         """The line to the supervisor of this process, None when it has none; exits if it is gone already."""
         given = os.environ.pop(supervisor.SUPERVISED, None)
+        http = os.environ.pop(supervisor.SUPERVISED_HTTP, None)
         if given is None:
             return None
         parent, fd = (int(part) for part in given.split(":"))
@@ -64,7 +67,7 @@ class Line:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
         if os.getppid() != parent:  # it died before that was arranged
             sys.exit(_EXIT_UNSUPERVISED)
-        return cls(fd, settings)
+        return cls(fd, settings, http)
 
     def begin(self, settings: Settings) -> None:
         """From here on there is something to lose: a wish to stop is passed on to the runner, once there is one.

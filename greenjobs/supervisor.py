@@ -18,6 +18,7 @@ import contextlib
 import logging
 import math
 import os
+import queue
 import random
 import selectors
 import signal
@@ -26,15 +27,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from greenjobs import config, logs
+from greenjobs.address import Address
 from greenjobs.errors import ConfigError
 from greenjobs.metrics_folder import MetricsFolder, free_number
+from greenjobs.systemd import Notifier
 from greenjobs.version import __version__
+
+if TYPE_CHECKING:
+    from greenjobs.supervisor_http import Front, Picture
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +50,9 @@ EXIT_MISTAKE = 2
 
 SUPERVISED = "GREENJOBS_SUPERVISED_BY"
 """The environment variable that tells a child of its supervisor: "PID:FD", the descriptor being its end of the line."""
+
+SUPERVISED_HTTP = "GREENJOBS_SUPERVISED_HTTP"
+"""The one that tells a child where it is to answer, for its supervisor, how it is."""
 
 # The lines that are said over it; what follows the word are its arguments.
 UP = "up"
@@ -59,9 +69,14 @@ _LONGEST_PAUSE_SECONDS = 60.0
 _MANY_EARLY_DEATHS = 3
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
-_FILES_CHANGED = 0  # goes the way of the signals' numbers, and is none
+# These go the way of the signals' numbers, and are none.
+_FILES_CHANGED = 0
+_ASKED = 255
 
-_OWN_OPTIONS = ("processes", "max_jobs", "max_memory", "log_level", "log_format")
+# How long somebody who asks waits for the loop, which has nothing to do that takes long.
+_ANSWER_SECONDS = 2.0
+
+_OWN_OPTIONS = ("processes", "max_jobs", "max_memory", "http", "log_level", "log_format")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +129,13 @@ def supervise(order: Order) -> int:
             message = "greenjobs: --reload needs watchfiles, which the extra brings: pip install 'greenjobs[reload]'"
             print(message, file=sys.stderr)
             return EXIT_MISTAKE
-    return Supervisor(order, [sys.executable, *sys.orig_argv[1:]]).run()
+    notifier = Notifier.taken()
+    try:
+        supervisor = Supervisor(order, [sys.executable, *sys.orig_argv[1:]], notifier)
+    except ConfigError as error:
+        print(f"greenjobs: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    return supervisor.run()
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +147,7 @@ class _Child:
     number: int
     """That of its metrics; one that starts when this one has ended may get it, too."""
     started_at: float
+    address: Address | None
     is_up: bool = False
     is_leaving: bool = False
     grace: float = 0.0
@@ -136,6 +158,11 @@ class _Child:
     @property
     def age(self) -> float:
         return time.monotonic() - self.started_at
+
+    @property
+    def state(self) -> str:
+        """Which part of its life it is in."""
+        return "leaving" if self.is_leaving else "up" if self.is_up else "starting"
 
     def __str__(self) -> str:
         return f"process {self.process.pid}"
@@ -163,9 +190,9 @@ class _Slot:
 
 
 class Supervisor:
-    """Keeps the processes of an order at work, each started by `command`."""
+    """Keeps the processes of an order at work, each started by `command`. Raises ConfigError where it cannot answer."""
 
-    def __init__(self, order: Order, command: Sequence[str]) -> None:
+    def __init__(self, order: Order, command: Sequence[str], notifier: Notifier) -> None:
         self._order = order
         self._command = command
         self._folder = _working_folder()
@@ -184,16 +211,22 @@ class Supervisor:
         self._selector.register(self._bell, selectors.EVENT_READ)
         self._has_terminal = _has_terminal()
         self._outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup has it
+        self._notifier = notifier
+        self._beat_at = 0.0 if notifier.is_heard else math.inf
+        self._is_reloading = False
+        self._questions: deque[queue.SimpleQueue[Picture]] = deque()
+        self._front = self._make_front(order.settings.http)
 
     def run(self) -> int:
         """Work until all children have ended for good; returns the exit status."""
         logger.info("greenjobs %s, supervisor %s of %s processes", __version__, os.getpid(), len(self._slots))
-        with contextlib.closing(self._metrics), self._hearing_signals(), self._watching_files():
+        with contextlib.closing(self._metrics), self._hearing_signals(), self._watching_files(), self._answering():
             while not self._is_over():
                 self._start_what_is_due()
                 self._wait()
                 self._reap()
                 self._kill_the_stuck()
+                self._tell_systemd()
         logger.info("supervisor %s ends with status %s", os.getpid(), self._status)
         return self._status
 
@@ -229,12 +262,17 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         number = free_number({child.number for child in self._children})
-        told = {SUPERVISED: f"{os.getpid()}:{theirs.fileno()}", **self._metrics.environment(number)}
+        environment = {**os.environ, SUPERVISED: f"{os.getpid()}:{theirs.fileno()}"}
+        environment.update(self._metrics.environment(number))
+        address = None
+        if self._front is not None:
+            address = self._front.next_address()
+            environment[SUPERVISED_HTTP] = str(address)
         try:
             process = subprocess.Popen(
                 self._command,
                 cwd=self._folder,
-                env={**os.environ, **told},
+                env=environment,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -244,7 +282,7 @@ class Supervisor:
             return None
         finally:
             theirs.close()
-        child = _Child(process, ours, slot, self._generation, number, time.monotonic())
+        child = _Child(process, ours, slot, self._generation, number, time.monotonic(), address)
         self._children.append(child)
         self._selector.register(ours, selectors.EVENT_READ, child)
         logger.info("%s is starting", child, extra={"pid": process.pid})
@@ -262,7 +300,7 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Wait for something to happen, and for no longer than until something is due; hear what children say."""
-        moments = [child.kill_at for child in self._children]
+        moments = [self._beat_at, *(child.kill_at for child in self._children)]
         if not self._stops:
             # Later than the last look, not than now: what has become due in between would be waited for in vain.
             moments += [slot.not_before for slot in self._slots if slot.not_before > self._looked_at]
@@ -299,6 +337,8 @@ class Supervisor:
             self._selector.unregister(child.line)
 
     def _note_up(self, child: _Child) -> None:
+        if not self._has_been_up:
+            self._notifier.say_ready()
         self._has_been_up = child.is_up = True
         slot = child.slot
         logger.info("%s is up after %.1f s", child, child.age, extra={"pid": child.process.pid})
@@ -325,6 +365,8 @@ class Supervisor:
         if self._stops:
             return
         self._generation += 1
+        self._is_reloading = True
+        self._notifier.say_reloading()
         for slot in self._slots:
             if slot.child is None:
                 slot.not_before = 0.0
@@ -332,6 +374,7 @@ class Supervisor:
                 self._renew(slot, "new code", is_reload=True)
 
     def _abandon_reload(self) -> None:
+        self._note_reloaded()
         for slot in self._slots:
             if slot.renewal and slot.renewal.is_reload:
                 slot.renewal = None
@@ -345,6 +388,8 @@ class Supervisor:
             child.line.close()
             self._children.remove(child)
             self._metrics.forget(child.number, child.process.pid)
+            if self._front is not None and child.address is not None:
+                self._front.forget(child.address)
             self._note_end(child)
 
     def _note_end(self, child: _Child) -> None:
@@ -440,10 +485,13 @@ class Supervisor:
             elif number == _FILES_CHANGED:
                 logger.info("files have changed")
                 self._reload()
+            elif number == _ASKED:
+                self._answer_questions()
 
     def _stop(self, why: str) -> None:
         self._stops += 1
         logger.info("%s: telling %s processes to stop, urgency %s", why, len(self._children), self._stops)
+        self._notifier.say_stopping(max((child.grace for child in self._children), default=0.0))
         for child in self._children:
             self._tell_to_stop(child, self._stops)
 
@@ -459,10 +507,67 @@ class Supervisor:
 
     def _pass_on_quit(self) -> None:
         for child in self._children:
-            state = "is leaving" if child.is_leaving else "is up" if child.is_up else "is starting"
-            logger.info("%s %s, started %.1f s ago", child, state, child.age)
+            logger.info("%s is %s, started %.1f s ago", child, child.state, child.age)
             if child.is_up:  # before, it does not handle the signal, which would end it
                 child.process.send_signal(signal.SIGQUIT)
+
+    # --- what others want to know -------------------------------------------------------------------------------------
+
+    def _make_front(self, http: str | None) -> Front | None:
+        if http is None:
+            return None
+        from greenjobs.supervisor_http import Front  # a supervisor that nobody asks does without a server
+
+        return Front(Address.parse(http), self._look)
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._front is not None:
+                self._front.close()
+
+    def _look(self) -> Picture | None:
+        """How things stand, asked by another thread of the loop: that it answers shows that it turns."""
+        answer: queue.SimpleQueue[Picture] = queue.SimpleQueue()
+        self._questions.append(answer)
+        with contextlib.suppress(BlockingIOError, queue.Empty):
+            self._ringing.send(bytes([_ASKED]))
+            return answer.get(timeout=_ANSWER_SECONDS)
+        return None
+
+    def _answer_questions(self) -> None:
+        from greenjobs.supervisor_http import Picture, ProcessState
+
+        places = 0 if self._stops else sum(not slot.is_done for slot in self._slots)
+        at_work = [slot.child for slot in self._slots]
+        processes = [
+            ProcessState(child.process.pid, child.state, child in at_work, child.age, child.address)
+            for child in self._children
+            if child.address is not None
+        ]
+        while self._questions:
+            self._questions.popleft().put(Picture(places, self._stops > 0, processes))
+
+    def _tell_systemd(self) -> None:
+        """Say how things stand, and that the loop turns, if it is time; and that a reload is over, when it is."""
+        if self._is_reloading and all(self._is_of_now(slot) for slot in self._slots):
+            self._note_reloaded()
+        now = time.monotonic()
+        if self._beat_at <= now:
+            self._beat_at = now + self._notifier.beat_seconds
+            up = sum(child.state == "up" for child in self._children)
+            self._notifier.beat(f"{up} of {len(self._slots)} processes are up, {len(self._children)} there are in all")
+
+    def _is_of_now(self, slot: _Slot) -> bool:
+        child = slot.child
+        return slot.is_done or (child is not None and child.is_up and child.generation == self._generation)
+
+    def _note_reloaded(self) -> None:
+        if self._is_reloading:
+            self._is_reloading = False
+            self._notifier.say_ready()
 
     @contextlib.contextmanager
     def _watching_files(self) -> Iterator[None]:

@@ -67,6 +67,7 @@ def test_without_any_source_every_option_has_its_default() -> None:
         "processes": 1,
         "max_jobs": None,
         "max_memory": None,
+        "http": None,
         "max_payload_bytes": 1024 * 1024,
         "enqueue_timeout": 5.0,
         "enqueue_connections": 10,

@@ -38,7 +38,7 @@ _PREFIX = "GREENJOBS_"
 _JOIN = "GREENJOBS_JOIN_SESSION"
 
 # What `greenjobs run` has to know before it loads the application.
-_EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "log_level", "log_format")
+_EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "http", "log_level", "log_format")
 
 _extensions: weakref.WeakSet[GreenJobs] = weakref.WeakSet()
 _equipped: weakref.WeakSet[Equipment] = weakref.WeakSet()

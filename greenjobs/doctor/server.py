@@ -18,7 +18,7 @@ from greenjobs.doctor.case import Case, Check
 from greenjobs.doctor.finding import Verdict, fail, ok, skipped, warn
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import DatabaseUnavailable, SchemaError
-from greenjobs.inspection import health
+from greenjobs.inspection import fitness
 from greenjobs.redaction import redact
 from greenjobs.service import SERVICE_CONNECTIONS
 
@@ -52,7 +52,7 @@ def connection(case: Case) -> Verdict:
     except DatabaseUnavailable as error:
         return fail(str(error), "start the server, or correct database_url")
     took = (time.monotonic() - began) * 1000
-    server = health.server(reached)
+    server = fitness.server(reached)
     development = ", a private server for development" if is_embedded_url(url) else ""
     return ok(f"{shown}{development}: PostgreSQL {server.version}, as {server.user}, connected in {took:.0f} ms")
 
@@ -60,9 +60,9 @@ def connection(case: Case) -> Verdict:
 def writes(case: Case) -> Verdict:
     """Whether the server takes writes from this role."""
     reached = case.connection()
-    if health.server(reached).in_recovery:
+    if fitness.server(reached).in_recovery:
         return fail("the server is a standby, which takes no jobs", "let database_url lead to the primary")
-    if health.settings(reached, "default_transaction_read_only").get("default_transaction_read_only") == "on":
+    if fitness.settings(reached, "default_transaction_read_only").get("default_transaction_read_only") == "on":
         return fail(
             "default_transaction_read_only is on, for the server, the database or the role",
             "turn it off, as with ALTER ROLE … RESET default_transaction_read_only",
@@ -73,7 +73,7 @@ def writes(case: Case) -> Verdict:
 def isolation(case: Case) -> Verdict:
     """Whether transactions see what was committed before each of their statements, as claims are written for."""
     name = "default_transaction_isolation"
-    found = health.settings(case.connection(), name).get(name)
+    found = fitness.settings(case.connection(), name).get(name)
     if found != "read committed":
         return warn(
             f"{name} is {found!r}: claims of several runners fail now and then, and have to be tried again",
@@ -84,7 +84,7 @@ def isolation(case: Case) -> Verdict:
 
 def encoding(case: Case) -> Verdict:
     """Whether the database can hold any text."""
-    found = health.server(case.connection()).encoding
+    found = fitness.server(case.connection()).encoding
     if found != "UTF8":
         return warn(f"the encoding of the database is {found}: payloads with other characters are refused", "use UTF8")
     return ok("the encoding of the database is UTF8")
@@ -93,7 +93,7 @@ def encoding(case: Case) -> Verdict:
 def durability(case: Case) -> Verdict:
     """Whether what was committed is on the disk."""
     names = ("fsync", "full_page_writes", "synchronous_commit")
-    off = [name for name, value in health.settings(case.connection(), *names).items() if value == "off"]
+    off = [name for name, value in fitness.settings(case.connection(), *names).items() if value == "off"]
     if off:
         return warn(
             f"{' and '.join(sorted(off))} {'is' if len(off) == 1 else 'are'} off: a crash of the server can lose jobs "
@@ -116,12 +116,12 @@ def schema(case: Case) -> Verdict:
 def rights(case: Case) -> Verdict:
     """Whether this role may do all that runners do."""
     reached = case.connection()
-    found = health.tables(reached)
+    found = fitness.tables(reached)
     if not found:
         return skipped("the tables are not there yet")
     missing = [f"{', '.join(table.missing_rights)} on {table.name}" for table in found.values() if table.missing_rights]
-    missing += [f"USAGE on {sequence}" for sequence in health.unusable_sequences(reached)]
-    user = health.server(reached).user
+    missing += [f"USAGE on {sequence}" for sequence in fitness.unusable_sequences(reached)]
+    user = fitness.server(reached).user
     if missing:
         return fail(
             f"{user} lacks {'; '.join(missing)}", f"as the owner of the tables: `greenjobs migrate --grant run={user}`"
@@ -135,7 +135,7 @@ def overlap(case: Case) -> Verdict:
 
     def nap(reached: extensions.connection) -> None:
         events.append("begins")
-        health.nap(reached, _NAP_SECONDS)
+        fitness.nap(reached, _NAP_SECONDS)
         events.append("ends")
 
     gevent.joinall(
@@ -165,7 +165,7 @@ def session(case: Case) -> Verdict:
             lost = "runners live by a lease, find jobs by polling, and take over those of dead ones after 20 s"
             remedy = _DIRECT_WAY if shares else f"{_DIRECT_WAY}; or set session to 'lock'"
             return warn(f"a pooler is in between, {kind}: {lost}", remedy)
-    if not health.lock_is_seen(reached, case.connection()):
+    if not fitness.lock_is_seen(reached, case.connection()):
         return fail(
             f"a lock taken by {redact(case.session_url)} is not there, seen from the database of the jobs: "
             f"runners would take each other for dead",
@@ -184,9 +184,9 @@ def notify(case: Case) -> Verdict:
     if case.settings.session == "lease":
         return skipped("session is 'lease'; runners find jobs by polling")
     channel, payload = f"greenjobs_doctor_{os.getpid()}", uuid.uuid4().hex
-    health.listen(reached, channel)
+    fitness.listen(reached, channel)
     began = time.monotonic()
-    health.notify(case.connection(), channel, payload)
+    fitness.notify(case.connection(), channel, payload)
     arrived = _arrives(reached, payload)
     took = (time.monotonic() - began) * 1000
     if not arrived:
@@ -194,18 +194,18 @@ def notify(case: Case) -> Verdict:
             f"a notification did not arrive within {_NOTIFY_SECONDS:g} s: idle runners find jobs by polling alone",
             "let session_url lead to the same database, and through no pooler",
         )
-    health.unlisten(reached, channel)
+    fitness.unlisten(reached, channel)
     return ok(f"a notification went there and back in {took:.1f} ms")
 
 
 def keepalives(case: Case) -> Verdict:
     """Whether the server notices soon that the host of a runner is gone."""
     reached = case.session()
-    if health.server(reached).is_local:
+    if fitness.server(reached).is_local:
         return ok("connected by a Unix socket, whose end the server notices at once")
     if reached.is_pooled:
         return skipped("a pooler is in between; runners live by a lease")
-    idle = int(health.settings(reached, "tcp_keepalives_idle", of_session=True).get("tcp_keepalives_idle", 0))
+    idle = int(fitness.settings(reached, "tcp_keepalives_idle", of_session=True).get("tcp_keepalives_idle", 0))
     if not 0 < idle <= 60:
         return warn(
             f"the server asks for a sign of life only after {idle} s, whatever a session wishes: the jobs of a host "
@@ -239,7 +239,7 @@ def connections(case: Case) -> Verdict:
     reached = case.connection()
     if reached.is_pooled:
         return skipped("a pooler is in between, which has a limit of its own")
-    room, settings = health.room(reached), case.settings
+    room, settings = fitness.room(reached), case.settings
     least = SERVICE_CONNECTIONS + 1
     most = least + settings.job_connections + settings.enqueue_connections
     live = len(inspection.live_runners(reached))
@@ -307,11 +307,11 @@ def _changes_sessions(case: Case) -> bool:
     A pooler gives its clients the session that came back last. Whoever has to wait for another shares them, too.
     """
     reached, other = case.session(), case.second_session()
-    before = health.backend(reached)
-    with health.held_transaction(other):
+    before = fitness.backend(reached)
+    with fitness.held_transaction(other):
         try:
             with gevent.Timeout(_POOLER_SECONDS, TimeoutError("no other session")):
-                return health.backend(reached) != before
+                return fitness.backend(reached) != before
         except TimeoutError:
             return True
 

@@ -7,7 +7,7 @@ import re
 from greenjobs import migrate
 from greenjobs.doctor.case import Case, Check
 from greenjobs.doctor.finding import Limits, Verdict, fail, ok, several, skipped, warn
-from greenjobs.inspection import health
+from greenjobs.inspection import fitness
 
 _MADE_INDEX = re.compile(r"\bCREATE (?:UNIQUE )?INDEX (?:CONCURRENTLY )?(?:IF NOT EXISTS )?(\w+)")
 _DROPPED_INDEX = re.compile(r"\bDROP INDEX (?:CONCURRENTLY )?(?:IF EXISTS )?(\w+)")
@@ -29,7 +29,7 @@ _OFF = ("off", "false", "no", "0")
 
 def tables(case: Case) -> Verdict:
     """Whether the tables are logged that have to be, and the one that changes with every idle moment is not."""
-    found = health.tables(case.connection())
+    found = fitness.tables(case.connection())
     if not found:
         return skipped(_NO_TABLES)
     unlogged = [name for name, table in found.items() if not table.is_logged and name != "background_waiting"]
@@ -48,7 +48,7 @@ def tables(case: Case) -> Verdict:
 
 def indexes(case: Case) -> Verdict:
     """Whether all indexes are there, and can be used."""
-    found = health.indexes(case.connection())
+    found = fitness.indexes(case.connection())
     invalid = sorted(name for name, is_valid in found.items() if not is_valid)
     if invalid:
         return fail(
@@ -66,12 +66,12 @@ def indexes(case: Case) -> Verdict:
 def autovacuum(case: Case) -> Verdict:
     """Whether vacuum comes by itself, and early enough."""
     reached = case.connection()
-    off = [name for name, value in health.settings(reached, "autovacuum", "track_counts").items() if value == "off"]
+    off = [name for name, value in fitness.settings(reached, "autovacuum", "track_counts").items() if value == "off"]
     if off:
         return fail(
             f"{' and '.join(sorted(off))} {'is' if len(off) == 1 else 'are'} off: vacuum never comes", "turn it on"
         )
-    found = health.tables(reached)
+    found = fitness.tables(reached)
     disabled = [name for name, table in found.items() if table.options.get("autovacuum_enabled", "on").lower() in _OFF]
     if disabled:
         return fail(
@@ -91,7 +91,7 @@ def autovacuum(case: Case) -> Verdict:
 
 def dead_rows(case: Case) -> Verdict:
     """Whether vacuum removes what is dead."""
-    found = health.tables(case.connection())
+    found = fitness.tables(case.connection())
     if not found:
         return skipped(_NO_TABLES)
     busy = [found[name] for name in _BUSY if name in found]
@@ -109,7 +109,7 @@ def dead_rows(case: Case) -> Verdict:
 
 def snapshots(case: Case) -> Verdict:
     """Who keeps vacuum from removing what is dead by now."""
-    holders = health.snapshot_holders(case.connection())
+    holders = fitness.snapshot_holders(case.connection())
     old = [f"{each.kind} {each.name}{_age(each)}" for each in holders if _is_old(each, case.limits)]
     if old:
         return warn(
@@ -141,19 +141,19 @@ def _made_indexes() -> set[str]:
     return names
 
 
-def _due(table: health.Table) -> float:
+def _due(table: fitness.Table) -> float:
     """The number of dead rows at which autovacuum is to come to it."""
     options = table.options
     threshold = float(options.get("autovacuum_vacuum_threshold", _DEFAULT_THRESHOLD))
     return threshold + float(options.get(_TUNED, _DEFAULT_SCALE)) * table.live_rows
 
 
-def _is_old(holder: health.Holder, limits: Limits) -> bool:
+def _is_old(holder: fitness.Holder, limits: Limits) -> bool:
     if holder.kind == "unused replication slot" or holder.transactions > limits.snapshot_transactions:
         return True
     return holder.seconds is not None and holder.seconds > limits.snapshot_seconds
 
 
-def _age(holder: health.Holder) -> str:
+def _age(holder: fitness.Holder) -> str:
     seconds = "" if holder.seconds is None else f"for {holder.seconds:,.0f} s, "
     return f" ({seconds}{holder.transactions:,} transactions ago)"

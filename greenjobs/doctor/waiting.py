@@ -10,7 +10,7 @@ from greenjobs import inspection
 from greenjobs.doctor.case import Case, Check
 from greenjobs.doctor.finding import Verdict, fail, ok, several, warn
 from greenjobs.errors import PayloadMismatch
-from greenjobs.inspection import health
+from greenjobs.inspection import fitness
 from greenjobs.version import __version__
 
 _SAMPLE_SECONDS = 3.0
@@ -78,13 +78,13 @@ def payloads(case: Case) -> Verdict:
     known, reached, limits = case.application.names, case.connection(), case.limits
     deadline = time.monotonic() + _SAMPLE_SECONDS
     misfits, decoded, left = list[str](), 0, list[str]()
-    for job_type in health.waiting_types(reached):
+    for job_type in fitness.waiting_types(reached):
         if job_type not in known:
             continue
         if time.monotonic() > deadline:
             left.append(job_type)
             continue
-        rows = health.waiting_payloads(reached, job_type, limit=limits.sampled_payloads, max_bytes=_SAMPLE_BYTES)
+        rows = fitness.waiting_payloads(reached, job_type, limit=limits.sampled_payloads, max_bytes=_SAMPLE_BYTES)
         decoded += len(rows)
         for id, data in rows:
             try:
@@ -113,7 +113,7 @@ def schedules(case: Case) -> Verdict:
             f"for job types that neither a live runner nor this application knows: {several(unknown, case.limits)}",
             "start a runner that knows them, or `greenjobs schedules remove` them",
         )
-    overdue = health.overdue_schedules(reached, age_seconds=_OVERDUE_SECONDS)
+    overdue = fitness.overdue_schedules(reached, age_seconds=_OVERDUE_SECONDS)
     if overdue:
         return warn(
             f"overdue by more than a minute: {several(overdue, case.limits)}", "start a runner that knows their jobs"

@@ -3,6 +3,7 @@
 from greenjobs.inspection.care import Chores, chores, failed_count
 from greenjobs.inspection.due import Work, look, seconds_until_due
 from greenjobs.inspection.liveness import RunnerStatus, dead_runners, held_jobs, live_runners
+from greenjobs.inspection.readiness import DatabaseState, database_state
 from greenjobs.inspection.said_of_queues import UNCHANGED, QueueSetting, queue_settings
 from greenjobs.inspection.served_queues import Queue, QueueServer, QueueStatus, known_queues, queue_statuses, queues
 from greenjobs.inspection.stored_jobs import (
@@ -23,6 +24,7 @@ __all__ = [
     "HISTORY_IS_MEANT",
     "UNCHANGED",
     "Chores",
+    "DatabaseState",
     "DueSchedule",
     "JobFilter",
     "Queue",
@@ -37,6 +39,7 @@ __all__ = [
     "choose_jobs",
     "chores",
     "count_jobs",
+    "database_state",
     "dead_runners",
     "due_schedules",
     "failed_count",
