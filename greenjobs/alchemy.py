@@ -12,7 +12,7 @@ from greenjobs.errors import OptionError
 
 ALLOWED = (
     "allowed: a psycopg2 connection or cursor, or a SQLAlchemy Connection, Session or scoped_session of an engine of "
-    "postgresql+psycopg2"
+    "postgresql+psycopg2, or a connection of Django's over psycopg2"
 )
 
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import Context
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
-from greenjobs import config, current, events
+from greenjobs import companions, config, current, events
 from greenjobs.current import database_rooms, joined, lender
 from greenjobs.errors import AccessDenied, PayloadError, SchemaError
 from greenjobs.handle import JobHandle, note_transaction
+from greenjobs.holding import Held, Hold
 from greenjobs.surroundings import Enqueue, around_enqueues, enqueuing
 from greenjobs.uniqueness import Uniqueness
 
@@ -115,22 +118,40 @@ class Call(Generic[P]):
         data = self._job.codec.encode(args, kwargs, max_bytes=config.current().max_payload_bytes)
         return self._job, self._new_jobs(database_rooms()[1], [data])
 
-    def enqueue_data(self, data: str, *, tick_at: datetime) -> JobHandle:
-        """Enqueue a call whose arguments are JSON already, as a schedule keeps them, for this tick of it."""
-        overrides = (*self._options.overrides, ("tick_at", tick_at.isoformat()))
-        return Call(self._job, replace(self._options, overrides=overrides))._enqueue(config.current(), [data])[0]
+    def enqueue_data(self, data: str) -> JobHandle:
+        """Enqueue a call whose arguments are JSON already."""
+        return self._enqueue(config.current(), [data])[0]
+
+    def enqueue_tick(self, data: str, *, tick_at: datetime, schedule: Mapping[str, str]) -> JobHandle:
+        """The same for this tick of a schedule, which keeps the arguments; `schedule` is what `current_job.schedule` is
+        to be.
+        """
+        overrides = (*self._options.overrides, ("tick_at", tick_at.isoformat()), ("schedule", schedule))
+        call: Call[P] = Call(self._job, replace(self._options, overrides=overrides))
+        # In a context of its own: what surrounds it takes two ticks of one loop for two things, not for one trace.
+        return Context().run(call.enqueue_data, data)
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
+        companions.meet()
+        given = self._transaction(settings)
+        if isinstance(given, Hold):
+            held = Held(self._job.name, len(data), partial(self._enqueue_held, settings, data))
+            given.take(held)
+            return held.handles
         if not around_enqueues:
-            handles = self._insert(settings, data)
+            handles = self._insert(settings, data, given)
         else:
             with enqueuing(Enqueue(self._job.name, self._queue, len(data))) as headers:
-                handles = self._with_headers(headers)._insert(settings, data)
+                handles = self._with_headers(headers)._insert(settings, data, given)
         if events.enqueue_handlers:
             count = sum(not handle.duplicate for handle in handles)
             if count:
                 events.publish(events.JobsEnqueued(self._job.name, self._queue, count))
         return handles
+
+    def _enqueue_held(self, settings: config.Settings, data: list[str], connection: Any) -> list[JobHandle]:
+        options = replace(self._options, connection=connection, independent=connection is None)
+        return Call(self._job, options)._enqueue(settings, data)
 
     @property
     def _queue(self) -> str:
@@ -142,14 +163,13 @@ class Call(Generic[P]):
         overrides = (*self._options.overrides, ("headers", headers))
         return Call(self._job, replace(self._options, overrides=overrides))
 
-    def _insert(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
+    def _insert(self, settings: config.Settings, data: list[str], given: Any) -> list[JobHandle]:
         pool, storage = database_rooms()
         if current.stage is not None:  # in the tests of an application
             new = self._new_jobs(storage, data)
             handles: list[JobHandle] = current.stage.enqueue(self._job, new, connection=self._options.connection)
             return handles
         try:
-            given = self._transaction(settings)
             if given is not None:
                 connection = pool.raw_connection(given)
                 # In autocommit every statement commits by itself, so all or nothing takes a single one.
@@ -180,10 +200,10 @@ class Call(Generic[P]):
 
     def _transaction(self, settings: config.Settings) -> Any:
         """What to enqueue on: what the call names, that in which the job that runs here completes, or the session of
-        the application; None for a connection of ours."""
+        the application; None for a connection of ours. A Hold, where the application has jobs held."""
         if self._options.connection is not None:
             return self._options.connection
-        if self._options.independent:
+        if self._options.independent or current.stage is not None:
             return None
         given = joined()
         if given is None and current.ambient is not None:

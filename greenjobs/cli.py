@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import gevent
@@ -24,10 +24,11 @@ from greenjobs.cli_counts import counts_command, print_rates
 from greenjobs.cli_doctor import doctor_command, warn_at_start
 from greenjobs.cli_health import health_command
 from greenjobs.cli_jobs import jobs_group
-from greenjobs.cli_options import configure, find_application, plain_errors, setting_options, show
+from greenjobs.cli_options import configure, plain_errors, setting_options, show
 from greenjobs.cli_queues import print_changed_queues, queues_group
 from greenjobs.cli_schedules import schedules_group
 from greenjobs.contrib import metrics_number
+from greenjobs.contrib.equipment import Equipment, load
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import Job, registered_jobs
@@ -39,9 +40,6 @@ from greenjobs.supervisor import EXIT_MISTAKE
 from greenjobs.systemd import Notifier
 from greenjobs.version import __version__
 from greenjobs.worker import Worker
-
-if TYPE_CHECKING:
-    from greenjobs.contrib.flask import Equipment
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +111,9 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
             )
         application, equipment = _load_application(settings.app)
         logs.settle()
-        if equipment is not None:
-            equipment.adopt()
-            settings = config.current()
+        for each in equipment:
+            each.adopt()
+        settings = config.current()
         url = settings.require_database_url()
         jobs = registered_jobs()
         if not jobs:
@@ -128,8 +126,8 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
                 f"own; the most that one may have of it goes with its name, as in --queue bulk:10"
             )
         runner = Runner(url, context=application).register(*jobs.values())
-        if equipment is not None:
-            equipment.equip(runner)
+        for each in equipment:
+            each.equip(runner)
         for queue, options in _parse_queues(queues).items():
             runner.configure_queue(queue, **options)
         if until_empty:
@@ -146,8 +144,8 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
                 logger.info("http: %s", server.address)
             _banner(url, handle, jobs)
             warn_at_start(settings, handle)
-            if equipment is not None:
-                equipment.check(handle)
+            for each in equipment:
+                each.check(handle)
             if line is not None:
                 line.report_up(handle)
             health.tell_systemd(handle, notifier, grace=settings.grace)
@@ -265,10 +263,10 @@ def _slots(options: Mapping[str, float]) -> str:
     return f"{options['pool']:g} of {options['share']:g}" if "share" in options else f"{options['pool']:g}"
 
 
-def _load_application(name: str | None) -> tuple[Any, Equipment | None]:
-    """The application, and what it has of greenjobs if it is one of Flask's that uses the extension."""
+def _load_application(name: str | None) -> tuple[Any, list[Equipment]]:
+    """The application, and what it has of greenjobs."""
     try:
-        return find_application(name)
+        return load(name)
     except GreenjobsError:
         raise
     except Exception:

@@ -15,12 +15,12 @@ import click
 import gevent
 
 from greenjobs import config
-from greenjobs.cli_options import configure, find_application, plain_errors, setting_options
+from greenjobs.cli_options import configure, plain_errors, setting_options
 from greenjobs.config import Settings
+from greenjobs.contrib.equipment import LendsConnections, load, name_of
 from greenjobs.doctor import Application, Finding, at_start, examine
 from greenjobs.errors import GreenjobsError
 from greenjobs.job import registered_jobs
-from greenjobs.loading import name_of_application
 from greenjobs.redaction import redact
 from greenjobs.runner import RunnerHandle
 
@@ -63,18 +63,18 @@ def warn_at_start(settings: Settings, handle: RunnerHandle) -> None:
 
 def _application(settings: Settings) -> tuple[Application, Settings]:
     """What there is of an application, and the settings with what it says itself."""
-    name = name_of_application(settings.app)
+    name = name_of(settings.app)
     if name is None:
         return Application(), settings
     deadline = gevent.Timeout.start_new(_LOAD_SECONDS)
     try:
         # What it prints when it is imported is no part of what the doctor says.
         with contextlib.redirect_stdout(sys.stderr):
-            _, equipment = find_application(settings.app)
-        if equipment is None:
-            return Application(name, registered_jobs()), settings
-        equipment.adopt()
-        return Application(name, registered_jobs(), narrow_pools=equipment.narrow_pools), config.current()
+            _, equipment = load(settings.app)
+        for each in equipment:
+            each.adopt()
+        pools = next((each.narrow_pools for each in equipment if isinstance(each, LendsConnections)), None)
+        return Application(name, registered_jobs(), narrow_pools=pools), config.current()
     except gevent.Timeout as raised:
         if raised is not deadline:
             raise

@@ -6,18 +6,14 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 import psycopg2
 
 from greenjobs import config, logs
 from greenjobs.errors import GreenjobsError
-from greenjobs.loading import load_application
 from greenjobs.supervisor import EXIT_MISTAKE
-
-if TYPE_CHECKING:
-    from greenjobs.contrib.flask import Equipment
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +40,6 @@ def configure(arguments: dict[str, str | None], *, loads_application: bool = Fal
     settings = config.current()
     logs.set_up(settings, loads_application=loads_application)
     return settings
-
-
-def find_application(name: str | None) -> tuple[Any, Equipment | None]:
-    """The application, and what it has of greenjobs if it is one of Flask's that uses the extension.
-
-    Raises ConfigError when there is none, and whatever the application raises.
-    """
-    application = load_application(name)
-    if "greenjobs.contrib.flask" not in sys.modules:  # which needs Flask
-        return application, None
-    from greenjobs.contrib.flask import equipment_of
-
-    equipment = equipment_of(application, name or "")
-    return (application, None) if equipment is None else (equipment.app, equipment)
 
 
 @contextlib.contextmanager

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import gevent
 
-from greenjobs import config, lending, pool, storage
+from greenjobs import config, djangodb, lending, pool, storage
 from greenjobs.errors import CompletionError, JobLost, SchemaError
-from greenjobs.keeping import keep_seconds
+from greenjobs.keeping import NO_RESULT, ResultCodec, keep_seconds
 from greenjobs.storage import ClaimedJob, Fence
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class CompletingJob(Protocol):
     """What is needed to know of a job."""
 
     keep: float
+    results: ResultCodec | None
 
 
 class CompletingAttempt(Protocol):
@@ -81,13 +82,15 @@ class Transaction:
     rolled back the attempt has none, and may begin another.
     """
 
-    def __init__(self, attempt: CompletingAttempt, given: Any = None) -> None:
+    def __init__(self, attempt: CompletingAttempt, given: Any = None, result: Any = NO_RESULT) -> None:
         self._attempt = attempt
         self._given = given
+        self._result = result
         self._state = _State.CLOSED
         self._lent: lending.JobConnection | None = None
         self._pool: lending.JobPool | None = None
         self._number: int | None = None
+        self._block: djangodb.AtomicBlock | None = None
 
     # --- what the executor and enqueuing ask --------------------------------------------------------------------------
 
@@ -129,7 +132,13 @@ class Transaction:
             connection.is_completing = True
             self._lent = connection
         else:
-            self._number = storage.transaction_id(self._shared())
+            self._block = djangodb.begin(self._given)
+            try:
+                self._number = storage.transaction_id(self._shared())
+            except BaseException:
+                if self._block is not None:
+                    self._block.rollback()
+                raise
         self._state = _State.OPEN
         self._attempt.completion = self
         return self._given if self._lent is None else self._lent
@@ -208,15 +217,28 @@ class Transaction:
         seconds = keep_seconds(attempt.job.keep, attempt.row.options)
         if not seconds:
             return storage.acknowledge(connection, runners, [fence])
-        # Without a result: the function has not returned yet.
         ended = storage.Ended(
             fence,
             "done",
             seconds,
+            self._result_text(),
             run_seconds=time.perf_counter() - attempt.started,
             waited_seconds=attempt.row.waited,
         )
         return storage.end(connection, runners, [ended])
+
+    def _result_text(self) -> str | None:
+        """What the block was given as result, as JSON; None without, and where the job keeps none or JSON cannot."""
+        results = self._attempt.job.results
+        if self._result is NO_RESULT or results is None:
+            return None
+        text, complaint = results.encode(self._result, max_bytes=config.current().max_payload_bytes)
+        if complaint is not None:
+            logger.warning(
+                "job %s (%s) %s; such results are not kept, and this is not said again",
+                *(self._attempt.row.id, self._attempt.row.job_type, complaint),
+            )
+        return text
 
     def _commit(self) -> None:
         if self._lent is not None:
@@ -262,7 +284,7 @@ class Transaction:
 
     def _end_given(self, how: str) -> None:
         """Commit or roll back through what the job gave, if it does such things: a session has own ideas about it."""
-        end = getattr(self._given, how, None)
+        end = getattr(self._block or self._given, how, None)
         if not callable(end):  # a cursor
             end = getattr(pool.raw_connection(self._given), how)
         end()

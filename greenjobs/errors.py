@@ -105,6 +105,10 @@ class JobNotCommitted(GreenjobsError):
         self.id = id
 
 
+class JobHeld(GreenjobsError):
+    """The handle of a job was asked for what a job has when it is enqueued, and this one is held until later."""
+
+
 class JobFailed(GreenjobsError):
     """A job whose result was asked for failed for good. `error` is the class of its last error, `message` its text."""
 

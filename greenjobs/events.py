@@ -60,6 +60,14 @@ class JobsEnqueued:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class RunnerEnded:
+    """A runner has ended, and the outcomes of its jobs are written. The process ends when the handlers have returned:
+    for what is to leave it before."""
+
+    name: str
+
+
 Event = TypeVar("Event")
 Handler = Callable[[AttemptEnded], None]
 
@@ -76,6 +84,7 @@ _handlers: dict[type, list[Any]] = {
     AttemptEnded: handlers,
     AttemptStarted: start_handlers,
     JobsEnqueued: enqueue_handlers,
+    RunnerEnded: [],
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -42,11 +43,11 @@ class Look(NamedTuple):
 _LOOK = Statement(
     "look_at_job",
     """
-SELECT state, job_type, errors -> -1, NULL::text, 1 AS place
+SELECT state, job_type, (errors -> -1)::text, NULL::text, 1 AS place
 FROM background_jobs
 WHERE id = %(id)s
 UNION ALL
-SELECT outcome, job_type, errors -> -1, result::text, 2
+SELECT outcome, job_type, (errors -> -1)::text, result::text, 2
 FROM background_history
 WHERE id = %(id)s
 ORDER BY place
@@ -61,7 +62,11 @@ def look(connection: Connection, id: int) -> Look:
     with connection.cursor(cursor_factory=TupleCursor) as cursor:
         _LOOK.run(cursor, {"id": id})
         row = cursor.fetchone()
-        return Look("gone") if row is None else Look._make(row[:-1])
+    if row is None:
+        return Look("gone")
+    status, job_type, error, result, _ = row
+    # As text, for the connection may be a caller's that reads jsonb in its own way.
+    return Look(status, job_type, None if error is None else json.loads(error), result)
 
 
 @dataclass(frozen=True, slots=True)

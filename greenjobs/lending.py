@@ -113,6 +113,11 @@ def roll_back(connection: PlanningConnection) -> None:
 _job_pools: dict[str, JobPool] = {}
 
 
+def job_pools() -> list[JobPool]:
+    """Those of this process that have been made."""
+    return list(_job_pools.values())
+
+
 def job_pool(settings: config.Settings, database_url: str | None = None) -> JobPool:
     """The pool of this process for the code of jobs, one for each database; made at its first use."""
     url = database_url or settings.require_database_url()

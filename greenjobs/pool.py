@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg2
 from psycopg2 import extensions
 
-from greenjobs import alchemy, config, embedded
+from greenjobs import alchemy, config, djangodb, embedded
 from greenjobs.errors import DatabaseUnavailable, OptionError
 from greenjobs.redaction import redact
 from greenjobs.statement import PlanningConnection
@@ -232,12 +232,12 @@ class Loan:
 
 
 def raw_connection(given: Any) -> Connection:
-    """The psycopg2 connection behind what a caller passed as `connection`, in SQLAlchemy's transaction if it is one of
-    its objects. Raises OptionError.
+    """The psycopg2 connection behind what a caller passed as `connection`; in the transaction of SQLAlchemy or Django,
+    if it is one of their objects. Raises OptionError.
     """
     connection = given.connection if isinstance(given, extensions.cursor) else given
     if not isinstance(connection, extensions.connection):
-        connection = alchemy.driver_connection(given)
+        connection = alchemy.driver_connection(given) or djangodb.driver_connection(given)
     if not isinstance(connection, extensions.connection):
         raise OptionError(f"connection is a {type(given).__module__}.{type(given).__qualname__}; {alchemy.ALLOWED}")
     return connection
@@ -380,6 +380,11 @@ def _is_usable(connection: Connection) -> bool:
 
 
 _shared_pools: dict[str, ConnectionPool] = {}
+
+
+def shared_pools() -> list[ConnectionPool]:
+    """Those of this process that have been made."""
+    return list(_shared_pools.values())
 
 
 def shared_pool(settings: config.Settings, database_url: str | None = None) -> ConnectionPool:

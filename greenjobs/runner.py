@@ -20,7 +20,7 @@ import psycopg2
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
-from greenjobs import config, green, inspection, lending, logs, migrate, pool, storage, surroundings
+from greenjobs import companions, config, events, green, inspection, lending, logs, migrate, pool, storage, surroundings
 from greenjobs.acknowledger import Acknowledger
 from greenjobs.counting import Counting
 from greenjobs.current import Place
@@ -157,6 +157,7 @@ class Runner:
             **({} if self._slots is None else {"share": self._slots}),
         }
         complete = {queue: {**defaults, **given} for queue, given in queues.items()}
+        companions.meet(runs_jobs=True)
         around = (*surroundings.everywhere, *self._surroundings)
         return RunnerHandle(self, complete, self._jobs, stops_when_empty=self._stops_when_empty, surroundings=around)
 
@@ -469,6 +470,7 @@ class RunnerHandle:
             self._error = error
         finally:
             self._close()
+            events.publish(events.RunnerEnded(self.name))
             self._has_ended.set()
 
     def _wait_until_empty(self) -> None:

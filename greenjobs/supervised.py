@@ -60,6 +60,8 @@ class Line:
             return None
         parent, fd = (int(part) for part in given.split(":"))
         os.set_inheritable(fd, False)
+        # Which it is not when something has had gevent patch the supervisor, such as what instruments all processes.
+        os.set_blocking(fd, True)
         if sys.platform == "linux":
             import ctypes
 

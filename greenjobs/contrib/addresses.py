@@ -33,7 +33,7 @@ class Address(NamedTuple):
 def of_url(database_url: str) -> Address | None:
     """Where a database URL of greenjobs leads; None when that cannot be said."""
     try:
-        return _of(extensions.parse_dsn(for_libpq(database_url)))
+        return of_parameters(extensions.parse_dsn(for_libpq(database_url)))
     except psycopg2.ProgrammingError:
         return None
 
@@ -45,8 +45,8 @@ def of_engine(engine: Any) -> Address | None:
     url = engine.url
     if engine.dialect.driver in ("psycopg2", "psycopg"):
         _, parameters = engine.dialect.create_connect_args(url)
-        return _of(parameters)
-    return _of({"host": url.host, "port": url.port, "dbname": url.database})
+        return of_parameters(parameters)
+    return of_parameters({"host": url.host, "port": url.port, "dbname": url.database})
 
 
 def for_libpq(database_url: str) -> str:
@@ -56,7 +56,8 @@ def for_libpq(database_url: str) -> str:
     return database_url
 
 
-def _of(parameters: Mapping[str, Any]) -> Address | None:
+def of_parameters(parameters: Mapping[str, Any]) -> Address | None:
+    """Where these parameters of libpq lead; None when that cannot be said."""
     # The text of each as libpq would have it; SQLAlchemy 1.4 names the database otherwise.
     given = {name: str(value) for name, value in parameters.items() if value is not None}
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, appcontext_tearing_down, current_app, has_app_context
 from flask.cli import NoAppException, find_best_app
 
-from greenjobs import config, current
+from greenjobs import config
+from greenjobs.contrib import scopes
 from greenjobs.contrib.flask_commands import group
 from greenjobs.contrib.joining import Sessions, session_extension
 from greenjobs.contrib.sqlalchemy import sqlalchemy_url
@@ -62,8 +63,7 @@ class GreenJobs:
         # After all functions of teardown, one of which may commit.
         appcontext_tearing_down.connect(_context_ends, app)
         equipment.adopt()
-        config.scoped = _active_settings
-        current.ambient = _active_connection
+        scopes.install(_scope)
 
 
 class Equipment:
@@ -169,6 +169,9 @@ def _active_settings() -> config.Settings | None:
 def _active_connection(database_url: str, job: str) -> Any:
     equipment = _active()
     return None if equipment is None else equipment.sessions.connection_for(database_url, job)
+
+
+_scope = scopes.Scope(scopes.FLASK, _active_settings, _active_connection)
 
 
 def _context_ends(app: Flask, exc: BaseException | None = None, **_: Any) -> None:

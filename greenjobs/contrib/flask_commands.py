@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from pathlib import Path
 
 import click
 from flask.cli import ScriptInfo
 
-# What runs jobs, or says how they would run.
-_ELSEWHERE = ("run", "doctor")
+from greenjobs.contrib import commands
 
 
 class _Commands(click.Group):
-    """Those of the command line of greenjobs, looked up when one is typed.
-
-    By name, as the console script is: that room stands above this one, and needs gevent, which a web server does not.
-    """
+    """Those of the command line of greenjobs, looked up when one is typed."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return _main().list_commands(context)
+        return commands.main().list_commands(context)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        command = _main().get_command(context, name)
-        return command if name not in _ELSEWHERE or command is None else _run_elsewhere(name, command)
-
-
-def _main() -> click.Group:
-    main = importlib.import_module("greenjobs.cli").main
-    assert isinstance(main, click.Group)
-    return main
+        command = commands.main().get_command(context, name)
+        return command if name not in commands.ELSEWHERE or command is None else _run_elsewhere(name, command)
 
 
 group = _Commands("greenjobs", help="Background jobs: run them, look at them, bring their tables up to date.")
@@ -43,10 +31,7 @@ def _run_elsewhere(name: str, command: click.Command) -> click.Command:
         arguments = list(context.args)
         if not any(word == "--app" or word.startswith("--app=") for word in arguments):
             arguments = ["--app", _application_name(context), *arguments]
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # The `flask` command has imported the application, and much else, before gevent could patch any of it.
-        os.execv(sys.executable, [sys.executable, "-m", "greenjobs", name, *arguments])
+        commands.run_elsewhere(name, arguments)
 
     return click.Command(
         name,

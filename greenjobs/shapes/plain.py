@@ -192,8 +192,20 @@ _WAYS_OUT: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (dict, "pass dict(...) of it"),
 )
 
+# Of Django, by name, for it need not be there.
+_WAYS_OUT_OF_DJANGO = {
+    "django.db.models.base.Model": "pass its primary key, .pk, and load it in the job",
+    "django.db.models.query.QuerySet": "pass the primary keys, list(….values_list('pk', flat=True))",
+    "django.utils.functional.LazyObject": "pass the .pk of what it stands for, if it is a model, as request.user is",
+    "django.utils.functional.Promise": "pass str(...) of it, which is the text in the language of now",
+}
+
 
 def _way_out(kind: type) -> str:
+    for base in kind.__mro__:
+        of_django = _WAYS_OUT_OF_DJANGO.get(f"{base.__module__}.{base.__qualname__}")
+        if of_django is not None:
+            return of_django
     for known, way_out in _WAYS_OUT:
         if issubclass(kind, known):
             return way_out.format(kind.__name__)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from psycopg2 import extensions
+from psycopg2 import extensions, extras
 
 from greenjobs import config, current, pool, storage
 from greenjobs.current import lender
@@ -291,11 +291,18 @@ class _Lender:
             yield connection
 
 
+class _PlainCursor(extensions.cursor):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Django has the connections of its own leave jsonb as text.
+        extras.register_default_jsonb(self)
+
+
 @contextlib.contextmanager
 def plain_rows(connection: Connection) -> Iterator[Connection]:
-    """Have the cursors of a connection return tuples, whatever its owner has chosen."""
+    """Have the cursors of a connection return tuples, and JSON as Python has it, whatever its owner has chosen."""
     factory = connection.cursor_factory
-    connection.cursor_factory = extensions.cursor
+    connection.cursor_factory = _PlainCursor
     try:
         yield connection
     finally:

@@ -1,0 +1,1 @@
+"""A backend of Django's as tools of monitoring have them, whose connections are not psycopg2's."""
