@@ -303,6 +303,11 @@ class RunnerHandle:
             raise self._error
         return ended
 
+    @property
+    def slots(self) -> int:
+        """How many jobs it runs at most at a time, of all its queues."""
+        return self.share.slots if self.share is not None else sum(worker.pool for worker in self.workers.values())
+
     def running_jobs(self) -> int:
         """How many jobs run at this moment."""
         return sum(len(worker.running) for worker in self.workers.values())
