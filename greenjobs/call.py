@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import Context
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
-from greenjobs import config, current, events
+from greenjobs import companions, config, current, events
 from greenjobs.current import database_rooms, joined, lender
 from greenjobs.errors import AccessDenied, PayloadError, SchemaError
 from greenjobs.handle import JobHandle, note_transaction
@@ -117,12 +118,21 @@ class Call(Generic[P]):
         data = self._job.codec.encode(args, kwargs, max_bytes=config.current().max_payload_bytes)
         return self._job, self._new_jobs(database_rooms()[1], [data])
 
-    def enqueue_data(self, data: str, *, tick_at: datetime) -> JobHandle:
-        """Enqueue a call whose arguments are JSON already, as a schedule keeps them, for this tick of it."""
-        overrides = (*self._options.overrides, ("tick_at", tick_at.isoformat()))
-        return Call(self._job, replace(self._options, overrides=overrides))._enqueue(config.current(), [data])[0]
+    def enqueue_data(self, data: str) -> JobHandle:
+        """Enqueue a call whose arguments are JSON already."""
+        return self._enqueue(config.current(), [data])[0]
+
+    def enqueue_tick(self, data: str, *, tick_at: datetime, schedule: Mapping[str, str]) -> JobHandle:
+        """The same for this tick of a schedule, which keeps the arguments; `schedule` is what `current_job.schedule` is
+        to be.
+        """
+        overrides = (*self._options.overrides, ("tick_at", tick_at.isoformat()), ("schedule", schedule))
+        call: Call[P] = Call(self._job, replace(self._options, overrides=overrides))
+        # In a context of its own: what surrounds it takes two ticks of one loop for two things, not for one trace.
+        return Context().run(call.enqueue_data, data)
 
     def _enqueue(self, settings: config.Settings, data: list[str]) -> list[JobHandle]:
+        companions.meet()
         given = self._transaction(settings)
         if isinstance(given, Hold):
             held = Held(self._job.name, len(data), partial(self._enqueue_held, settings, data))

@@ -21,7 +21,7 @@ import gevent
 
 from greenjobs import config, djangodb, lending, pool, storage
 from greenjobs.errors import CompletionError, JobLost, SchemaError
-from greenjobs.keeping import keep_seconds
+from greenjobs.keeping import NO_RESULT, ResultCodec, keep_seconds
 from greenjobs.storage import ClaimedJob, Fence
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class CompletingJob(Protocol):
     """What is needed to know of a job."""
 
     keep: float
+    results: ResultCodec | None
 
 
 class CompletingAttempt(Protocol):
@@ -81,9 +82,10 @@ class Transaction:
     rolled back the attempt has none, and may begin another.
     """
 
-    def __init__(self, attempt: CompletingAttempt, given: Any = None) -> None:
+    def __init__(self, attempt: CompletingAttempt, given: Any = None, result: Any = NO_RESULT) -> None:
         self._attempt = attempt
         self._given = given
+        self._result = result
         self._state = _State.CLOSED
         self._lent: lending.JobConnection | None = None
         self._pool: lending.JobPool | None = None
@@ -194,6 +196,8 @@ class Transaction:
                 f"back inside the block; take out what does so, or what was written before may be written twice"
             )
         known = self._attempt.place.runner_ids
+        if not known:
+            return True  # claimed by nobody, for it is stored nowhere: an attempt in a test
         try:
             while True:
                 runners = tuple(known)
@@ -215,15 +219,28 @@ class Transaction:
         seconds = keep_seconds(attempt.job.keep, attempt.row.options)
         if not seconds:
             return storage.acknowledge(connection, runners, [fence])
-        # Without a result: the function has not returned yet.
         ended = storage.Ended(
             fence,
             "done",
             seconds,
+            self._result_text(),
             run_seconds=time.perf_counter() - attempt.started,
             waited_seconds=attempt.row.waited,
         )
         return storage.end(connection, runners, [ended])
+
+    def _result_text(self) -> str | None:
+        """What the block was given as result, as JSON; None without, and where the job keeps none or JSON cannot."""
+        results = self._attempt.job.results
+        if self._result is NO_RESULT or results is None:
+            return None
+        text, complaint = results.encode(self._result, max_bytes=config.current().max_payload_bytes)
+        if complaint is not None:
+            logger.warning(
+                "job %s (%s) %s; such results are not kept, and this is not said again",
+                *(self._attempt.row.id, self._attempt.row.job_type, complaint),
+            )
+        return text
 
     def _commit(self) -> None:
         if self._lent is not None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from greenjobs import config
 from greenjobs.errors import NoCurrentJob
+from greenjobs.keeping import NO_RESULT
 from greenjobs.progress import JobLog, Progress, Recorder, Report
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from greenjobs.completion import Transaction
     from greenjobs.elsewhere import CompletedElsewhere, ElsewhereCall
+    from greenjobs.keeping import ResultCodec
     from greenjobs.policy import Policy
     from greenjobs.pool import ConnectionPool
     from greenjobs.storage import ClaimedJob, NewJobs
@@ -67,6 +69,7 @@ class Declaration(Protocol):
     name: str
     policy: Policy
     keep: float
+    results: ResultCodec | None
 
     @property
     def max_retries(self) -> int:
@@ -194,6 +197,13 @@ class CurrentJob:
         return None if tick is None else datetime.fromisoformat(tick)
 
     @property
+    def schedule(self) -> dict[str, str] | None:
+        """`name`, `cron` expression and `timezone` of the schedule that enqueued it, as they were; None if none did."""
+        options = _running().row.options
+        schedule = None if options is None else json.loads(options).get("schedule")
+        return schedule if isinstance(schedule, dict) else None
+
+    @property
     def headers(self) -> dict[str, str]:
         """What the enqueue gave the job to carry, such as the trace it belongs to; see greenjobs.surroundings."""
         options = _running().row.options
@@ -225,16 +235,17 @@ class CurrentJob:
             created_at=datetime.fromtimestamp(row.created_at, timezone.utc),
         )
 
-    def transaction(self, connection: Any = None) -> AbstractContextManager[Any]:
+    def transaction(self, connection: Any = None, *, result: Any = NO_RESULT) -> AbstractContextManager[Any]:
         """A `with` block at whose end the job completes, in one transaction with all that was written in the block.
 
         Yields a psycopg2 connection from the pool for job code; or `connection`, as for `.options(connection=…)`, of
         the caller's; on one of Django's the block is one of `atomic()`. Jobs that are enqueued in the block are part of
-        it. An error rolls back, and fails the attempt like any other. Raises JobLost when the job is somebody else's by
-        then, CompletionError when it has completed already, and whatever the database says; in all cases nothing was
-        written, unless the answer to COMMIT was lost.
+        it. A job with keep_result=True keeps `result`, as it completes before it returns. An error rolls back, and
+        fails the attempt like any other. Raises JobLost when the job is somebody else's by then, CompletionError when
+        it has completed already, and whatever the database says; in all cases nothing was written, unless the answer to
+        COMMIT was lost.
         """
-        return completion_room().Transaction(_running(), connection)  # type: ignore[no-any-return]
+        return completion_room().Transaction(_running(), connection, result)  # type: ignore[no-any-return]
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
         """Say how far the job is, on its row, for `greenjobs jobs show` and `jobs.get`. Returns at once.

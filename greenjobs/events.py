@@ -75,6 +75,14 @@ class LoopHeld:
     stack: str
 
 
+@dataclass(frozen=True, slots=True)
+class RunnerEnded:
+    """A runner has ended, and the outcomes of its jobs are written. The process ends when the handlers have returned:
+    for what is to leave it before."""
+
+    name: str
+
+
 Event = TypeVar("Event")
 Handler = Callable[[AttemptEnded], None]
 
@@ -92,6 +100,7 @@ _handlers: dict[type, list[Any]] = {
     AttemptStarted: start_handlers,
     JobsEnqueued: enqueue_handlers,
     LoopHeld: [],
+    RunnerEnded: [],
 }
 
 

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Apart from the outcomes of attempts, which those who report them from events do not want to have twice.
+_stuck_logger = logging.getLogger(f"{__name__}.stuck")
+
 Meter = Callable[[events.Outcome, float, float], None]
 """Called with the outcome of an attempt, how long it ran, and how long it had waited; must neither raise nor wait."""
 
@@ -178,7 +181,7 @@ class Executor:
 
         def report() -> None:
             if self.running.get(attempt.row.id) is attempt:
-                logger.error(
+                _stuck_logger.error(
                     "job %s (%s) is stuck: it was told to end (%r) %.0f s ago, and stands in\n%s",
                     *(attempt.row.id, attempt.job.name, attempt.interrupted_by, _OBEDIENCE_SECONDS, attempt.stack()),
                     extra=_log_keys(attempt),

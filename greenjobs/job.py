@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
 from greenjobs import config, expiry, keeping, policy
 from greenjobs.call import Call, CallOptions
@@ -29,6 +29,7 @@ from greenjobs.uniqueness import MakeKey, Merge, OnConflict, UniqueSettings, Unt
 
 P = ParamSpec("P")
 R = TypeVar("R")
+J = TypeVar("J", bound="Job[Any, Any]")
 
 HIGHEST_PRIORITY = 32767
 LOWEST_PRIORITY = -32767  # PostgreSQL's smallint goes one further, but that one has no negation
@@ -39,6 +40,16 @@ _MOST_BYTES_OF_NO_ARGUMENTS = 2  # {}
 _UNSAID = UniqueSettings()
 
 _JOB_NAME = re.compile(r"[\w.:/-]{1,200}")
+
+
+class JobSchedule(NamedTuple):
+    """A schedule that a job brings along. `data` is the JSON text of its arguments; what is None is that of the job."""
+
+    name: str
+    timetable: Timetable
+    data: str = "{}"
+    queue: str | None = None
+    priority: int | None = None
 
 
 class Job(Generic[P, R]):
@@ -203,6 +214,11 @@ class Job(Generic[P, R]):
             ),
         )
 
+    def schedules(self) -> Iterator[JobSchedule]:
+        """The schedules that code declares for it; asked for by each runner that starts."""
+        for timetable in self.timetables:
+            yield JobSchedule(self.name if len(self.timetables) == 1 else f"{self.name} {timetable.cron}", timetable)
+
     def _check(self) -> None:
         if not isinstance(self.name, str) or not _JOB_NAME.fullmatch(self.name):
             raise JobDefinitionError(
@@ -323,9 +339,12 @@ def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     history; with `keep_result` what it returned, too, as JSON.
     """
     if function is None:
-        return lambda decorated: _register(Job(decorated, **settings))
-    return _register(Job(function))
+        return lambda decorated: register(Job(decorated, **settings))
+    return register(Job(function))
 
+
+before_listing: list[Callable[[], None]] = []
+"""Called by registered_jobs: set by greenjobs.contrib, where modules of jobs are imported no earlier than that."""
 
 # By name and by alias.
 _registry: dict[str, Job[Any, Any]] = {}
@@ -333,6 +352,8 @@ _registry: dict[str, Job[Any, Any]] = {}
 
 def registered_jobs() -> dict[str, Job[Any, Any]]:
     """All jobs declared in this process, by name; each is there once, whatever other names it has."""
+    for declare in tuple(before_listing):
+        declare()
     return {name: job for name, job in _registry.items() if name == job.name}
 
 
@@ -345,7 +366,8 @@ def find_job(name: str) -> Job[Any, Any]:
         raise UnknownJob(f"no job is named {name!r} here; known: {known}") from None
 
 
-def _register(new: Job[P, R]) -> Job[P, R]:
+def register(new: J) -> J:
+    """Declare a job of a class of one's own, as `@job` does. Raises JobDefinitionError when its name is taken."""
     for name in (new.name, *new.aliases):
         known = _registry.get(name)
         # The same function again, under the same name: its module was reloaded, or is both __main__ and itself.

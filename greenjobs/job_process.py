@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from contextvars import Context
 from typing import Any, NoReturn, cast
 
-from greenjobs import config, errors, logs, pool, surroundings
+from greenjobs import companions, config, errors, logs, pool, surroundings
 from greenjobs.cli_options import configure
 from greenjobs.contrib import equipment
 from greenjobs.current import Attempt, Place, enter_attempt
@@ -97,6 +97,7 @@ def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
     for each in equipped:
         each.adopt()
         each.equip(cast("Any", around))
+    companions.meet(runs_jobs=True)
     return found, (*surroundings.everywhere, *around.surroundings)
 
 

@@ -59,6 +59,9 @@ _TAKES_UNASKED: Mapping[Action, tuple[str, ...]] = {
     **dict.fromkeys(("retry", "discard", "prune"), ("failed",)),
 }
 
+# What jobs that wait become in the history; pruned ones do not go there.
+_OUTCOMES: Mapping[Action, Literal["discarded", "cancelled"]] = {"cancel": "cancelled", "discard": "discarded"}
+
 # A batch locks its jobs for some tens of milliseconds.
 _BATCH = 1000
 
@@ -235,7 +238,8 @@ class Plan:
                 removed, asked = storage.cancel(connection, [fence.id for fence in batch])
                 done = set(removed)
             else:
-                done = storage.discard(connection, batch, states=self.states, is_kept=self.action != "prune")
+                outcome = _OUTCOMES.get(self.action)
+                done = storage.discard(connection, batch, states=self.states, outcome=outcome)
         return _outcome(batch, done, asked)
 
 

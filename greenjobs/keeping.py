@@ -18,6 +18,9 @@ from greenjobs.shapes.annotations import AnnotationReader, resolve
 from greenjobs.shapes.plain import Unfit
 from greenjobs.shapes.shape import Shape
 
+#: What stands for no result, as None is one.
+NO_RESULT = object()
+
 
 def checked_keep(job_name: str, keep: object, error: type[JobDefinitionError | OptionError]) -> float:
     """For how many seconds a job is kept, 0 for not at all; raises `error` for what is no age."""

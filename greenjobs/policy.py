@@ -45,8 +45,8 @@ _DEFAULT_BACKOFF = retry.exponential()
 class Policy:
     """How often, when and after which errors a job is tried again, how long it may run, and who wants to know.
 
-    `retry_on` of None means every error. Timeouts are in seconds. `keep_log` is how many lines of its log are kept. See
-    `declared` for what each may be.
+    `retry_on` of None means every error, an empty one none but Retry. Timeouts are in seconds. `keep_log` is how many
+    lines of its log are kept. See `declared` for what each may be.
     """
 
     backoff: retry.Backoff = _DEFAULT_BACKOFF
@@ -156,9 +156,10 @@ def judge(policy: Policy, error: BaseException, *, failures: int, max_retries: i
 
 
 def _is_retried(policy: Policy, error: BaseException) -> bool:
-    # Also after the death of its process, which is no error of the job's that it could have named.
-    asked_for = isinstance(error, (Retry, JobTimeout, JobHardTimeout, JobProcessDied))
-    return asked_for or policy.retry_on is None or isinstance(error, policy.retry_on)
+    if isinstance(error, Retry) or policy.retry_on is None:
+        return True
+    # What ran out of time, or died with its process, is tried again though it is not listed, unless nothing at all is.
+    return bool(policy.retry_on) and isinstance(error, (*policy.retry_on, JobTimeout, JobHardTimeout, JobProcessDied))
 
 
 def _delay(policy: Policy, failures: int, error: BaseException) -> float:

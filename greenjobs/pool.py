@@ -79,6 +79,7 @@ class ConnectionPool:
         self.wait_seconds = wait_seconds
         self.application_name = application_name
         self._lock = threading.Lock()
+        self._resets: dict[int, threading.Lock] = {}
         self._reset()
 
     def connection(self) -> Loan:
@@ -103,22 +104,31 @@ class ConnectionPool:
         for connection in idle:
             connection.close()
 
+    def _reset_after_fork(self) -> None:
+        """Forget the parent's connections, once, though several threads of this process may find them at a time.
+
+        psycopg2 never closes a connection in another process than the one that opened it. The lock may have been held
+        by a thread that does not exist here; so may a lock for resets, but for that of this process.
+        """
+        with self._resets.setdefault(os.getpid(), threading.Lock()):
+            if self._process_id != os.getpid():
+                self._lock = threading.Lock()
+                self._reset()
+
     def _reset(self) -> None:
-        self._process_id = os.getpid()
         self._generation = 0
         self._open = 0
         self._idle: list[PlanningConnection] = []
         self._waiting: deque[threading.Event] = deque()
         self._lent: dict[int, int] = {}
         self.waits = Waits(self.setting)
+        # Last: who sees the number of this process may use the rest.
+        self._process_id = os.getpid()
 
     def take(self) -> PlanningConnection:
         """Take a connection out of the pool, to be given back by `give_back`; as `connection` does."""
         if self._process_id != os.getpid():
-            # psycopg2 never closes a connection in another process than the one that opened it, so these are just
-            # forgotten. The lock may have been held by a thread that does not exist here.
-            self._lock = threading.Lock()
-            self._reset()
+            self._reset_after_fork()
         deadline = time.monotonic() + self.wait_seconds
         while True:
             turn: threading.Event | None = None

@@ -19,7 +19,7 @@ import psycopg2
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 
-from greenjobs import config, green, inspection, lending, logs, migrate, pool, storage, surroundings
+from greenjobs import companions, config, events, green, inspection, lending, logs, migrate, pool, storage, surroundings
 from greenjobs.acknowledger import Acknowledger
 from greenjobs.blocking import Blocking, check_application
 from greenjobs.counting import Counting
@@ -161,6 +161,7 @@ class Runner:
         }
         complete = {queue: {**defaults, **given} for queue, given in queues.items()}
         check_application(self._jobs.values(), self.application)
+        companions.meet(runs_jobs=True)
         around = (*surroundings.everywhere, *self._surroundings)
         return RunnerHandle(self, complete, self._jobs, stops_when_empty=self._stops_when_empty, surroundings=around)
 
@@ -310,6 +311,11 @@ class RunnerHandle:
         if self._error is not None:
             raise self._error
         return ended
+
+    @property
+    def slots(self) -> int:
+        """How many jobs it runs at most at a time, of all its queues."""
+        return self.share.slots if self.share is not None else sum(worker.pool for worker in self.workers.values())
 
     def running_jobs(self) -> int:
         """How many jobs run at this moment."""
@@ -474,6 +480,7 @@ class RunnerHandle:
             self._error = error
         finally:
             self._close()
+            events.publish(events.RunnerEnded(self.name))
             self._has_ended.set()
 
     def _wait_until_empty(self) -> None:

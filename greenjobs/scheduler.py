@@ -141,6 +141,7 @@ class Scheduler:
     def _take(self, connection: Connection, due: DueSchedule, ticks: Sequence[datetime], following: datetime) -> bool:
         """In one transaction: move the schedule on, and enqueue a job for each tick; False when somebody else has."""
         definition = {"job_type": due.job_type, "cron": due.cron, "timezone": due.timezone, "catch_up": due.catch_up}
+        schedule = {"name": due.name, "cron": due.cron, "timezone": due.timezone}
         with storage.atomic(connection):
             taken = storage.take_ticks(connection, due.name, **definition, seen=due.next_tick_at, next=following)
             if taken is None:
@@ -153,7 +154,7 @@ class Scheduler:
                     continue
                 call = job.options(queue=taken.queue, priority=taken.priority, run_at=tick, connection=connection)
                 try:
-                    last_job, last_tick = call.enqueue_data(taken.data, tick_at=tick).id, tick
+                    last_job, last_tick = call.enqueue_tick(taken.data, tick_at=tick, schedule=schedule).id, tick
                 except OptionError as error:  # an overlap_key that fails for these arguments
                     logger.error("the tick of %r (%s) at %s cannot be enqueued: %s", due.name, job.name, tick, error)
             if last_job is not None and last_tick is not None:

@@ -164,9 +164,8 @@ def declared(jobs: Mapping[str, Job[Any, Any]], lines: Iterable[str]) -> dict[st
 
 
 def _of_code(job: Job[Any, Any]) -> Iterator[Declaration]:
-    for timetable in job.timetables:
-        name = job.name if len(job.timetables) == 1 else f"{job.name} {timetable.cron}"
-        yield Declaration(name, job, timetable, "{}", "code")
+    for name, timetable, data, queue, priority in job.schedules():
+        yield Declaration(name, job, timetable, data, "code", queue, priority)
 
 
 def _read_line(line: str) -> Declaration:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import gevent
 from gevent.monkey import get_original
 
-from greenjobs import supervisor
+from greenjobs import order, supervisor
 from greenjobs.errors import ConfigError
 from greenjobs.memory import resident_megabytes
 
@@ -53,12 +53,14 @@ class Line:
     @classmethod
     def open(cls, settings: Settings) -> Line | None:
         """The line to the supervisor of this process, None when it has none; exits if it is gone already."""
-        given = os.environ.pop(supervisor.SUPERVISED, None)
+        given = os.environ.pop(order.SUPERVISED, None)
         http = os.environ.pop(supervisor.SUPERVISED_HTTP, None)
         if given is None:
             return None
         parent, fd = (int(part) for part in given.split(":"))
         os.set_inheritable(fd, False)
+        # Which it is not when something has had gevent patch the supervisor, such as what instruments all processes.
+        os.set_blocking(fd, True)
         if sys.platform == "linux":
             import ctypes
 

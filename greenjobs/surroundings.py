@@ -51,6 +51,9 @@ everywhere: list[Surrounding] = []
 around_enqueues: list[EnqueueSurrounding] = []
 """Those of every enqueue in this process; see surround_enqueue."""
 
+of_application: Callable[[], Sequence[Surrounding]] | None = None
+"""Set by greenjobs.contrib: what a runner of the application that is active here would have; for greenjobs.testing."""
+
 
 def surround(make: S) -> S:
     """Enter `make()` around every attempt in the runners of this process. Can be used as a decorator."""

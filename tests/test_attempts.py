@@ -149,6 +149,20 @@ def test_backoff_function_that_misbehaves_is_replaced_by_the_default(ended: list
     assert 100 < ended[0].retry_in < 140
 
 
+def test_nothing_but_retry_is_tried_again_where_retry_on_is_empty(ended: list[AttemptEnded]) -> None:
+    @job(retry_on=(), timeout=0.05, backoff=60)
+    def work(how: str) -> None:
+        if how == "retry":
+            raise Retry(after=60)
+        if how == "error":
+            raise ValueError(how)
+        time.sleep(60)
+
+    work.delay_many([("retry",), ("error",), ("timeout",)])
+    work_off(work)
+    assert sorted(outcomes(ended)) == ["failed", "failed", "retried"]
+
+
 def test_only_errors_of_retry_on_are_tried_again(ended: list[AttemptEnded]) -> None:
     @job(retry_on=ConnectionError, backoff=60)
     def choosy(kind: str) -> None:

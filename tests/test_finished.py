@@ -126,6 +126,34 @@ def test_call_may_be_kept_whose_job_is_not_and_the_other_way_round(database: run
     assert history(database, "id, keep_until - ended_at") == [(id, timedelta(hours=2)), (longer, timedelta(days=3))]
 
 
+@pytest.mark.parametrize("value", [Decimal("1.50"), None])
+def test_result_of_a_job_that_completes_in_its_own_transaction_is_kept(
+    database: running.Database, value: Decimal | None
+) -> None:
+    @job(keep="1 day", keep_result=True)
+    def work() -> Decimal | None:
+        with current_job.transaction(result=value):
+            pass
+        return Decimal(99)
+
+    handle = work.delay()
+    running.work_off(work)
+    assert handle.result(timeout=30) == value
+
+
+def test_job_that_completes_in_its_own_transaction_and_says_no_result_has_none(database: running.Database) -> None:
+    @job(keep="1 day", keep_result=True)
+    def work() -> int:
+        with current_job.transaction():
+            pass
+        return 1
+
+    handle = work.delay()
+    running.work_off(work)
+    with pytest.raises(NoResult):
+        handle.result(timeout=30)
+
+
 def test_row_that_says_nothing_is_kept_as_its_job_says(database: running.Database) -> None:
     """As the crate, a trigger, or a release that did not keep it yet have inserted it."""
 

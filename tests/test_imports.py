@@ -74,7 +74,18 @@ def in_fresh_interpreter(code: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
 
 
-HEAVY = ["click", "cronsim", "dataclasses_json", "flask", "gevent", "psycopg2", "sentry_sdk", "sqlalchemy", "zoneinfo"]
+HEAVY = [
+    "click",
+    "cronsim",
+    "dataclasses_json",
+    "flask",
+    "gevent",
+    "opentelemetry",
+    "psycopg2",
+    "sentry_sdk",
+    "sqlalchemy",
+    "zoneinfo",
+]
 
 
 @pytest.mark.parametrize("package", HEAVY)

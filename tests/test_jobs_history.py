@@ -136,3 +136,9 @@ def test_finished_job_that_was_pruned_since_it_was_chosen_is_left_alone(ids: Ids
     outcome = plan.carry_out()
     assert outcome.ids == (ids.discarded,)
     assert outcome.left_alone == {ids.done: "has moved on: is gone"}
+
+
+def test_job_that_is_cancelled_by_its_state_is_kept_as_cancelled(ids: Ids) -> None:
+    """Where running ones are not meant, too."""
+    assert jobs.cancel(ids.scheduled, state="scheduled").ids == (ids.scheduled,)
+    assert jobs.handle(ids.scheduled).status() == "cancelled"

@@ -14,19 +14,20 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, appcontext_tearing_down, current_app, has_app_context
 from flask.cli import NoAppException, find_best_app
 
-from greenjobs import config
+from greenjobs import config, surroundings
 from greenjobs.contrib import scopes
 from greenjobs.contrib.flask_commands import group
 from greenjobs.contrib.joining import Sessions, session_extension
 from greenjobs.contrib.sqlalchemy import sqlalchemy_url
 from greenjobs.errors import ConfigError
+from greenjobs.surroundings import Surrounding
 
 if TYPE_CHECKING:
     from greenjobs.runner import Runner, RunnerHandle
@@ -43,6 +44,7 @@ _EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "http", "log_lev
 
 _extensions: weakref.WeakSet[GreenJobs] = weakref.WeakSet()
 _equipped: weakref.WeakSet[Equipment] = weakref.WeakSet()
+_latest: weakref.ref[Equipment] | None = None
 
 
 class GreenJobs:
@@ -64,6 +66,7 @@ class GreenJobs:
         appcontext_tearing_down.connect(_context_ends, app)
         equipment.adopt()
         scopes.install(_scope)
+        surroundings.of_application = _surroundings_in_tests
 
 
 class Equipment:
@@ -82,6 +85,8 @@ class Equipment:
 
     def adopt(self) -> None:
         """Let its settings be those of the process, where no other application is active."""
+        global _latest
+        _latest = weakref.ref(self)
         config.adopt(self._layer)
 
     def equip(self, runner: Runner) -> None:
@@ -108,8 +113,12 @@ class Equipment:
 
     def check(self, handle: RunnerHandle) -> None:
         """Warn when jobs may wait for one another's connections to the database of the application."""
-        share = handle.share
-        jobs = share.slots if share is not None else sum(worker.pool for worker in handle.workers.values())
+        for message in self.narrow_pools(handle.slots):
+            logger.warning("%s", message)
+
+    def narrow_pools(self, jobs: int) -> list[str]:
+        """What is to be said of engines whose pools lend fewer connections than so many jobs may want at a time."""
+        said = []
         with self.app.app_context():
             db = session_extension()
             engines = dict(db.engines) if db is not None else {}
@@ -117,12 +126,12 @@ class Equipment:
             most = _most_connections(bind.engine.pool)
             if most is not None and most < jobs:
                 where = f'SQLALCHEMY_BINDS["{key}"]' if key is not None else "SQLALCHEMY_ENGINE_OPTIONS"
-                logger.warning(
-                    "up to %s jobs run here at a time, and SQLAlchemy lends them %s connections (pool_size and "
-                    "max_overflow) of the engine %r: the others wait for one, for 30 s by default, and then fail; "
-                    'put "pool_size": %s into %s, or run fewer at a time (--pool)',
-                    *(jobs, most, key or "default", jobs, where),
+                said.append(
+                    f"up to {jobs} jobs run here at a time, and SQLAlchemy lends them {most} connections (pool_size "
+                    f"and max_overflow) of the engine {key or 'default'!r}: the others wait for one, for 30 s by "
+                    f'default, and then fail; put "pool_size": {jobs} into {where}, or run fewer at a time (--pool)'
                 )
+        return said
 
 
 def equipment_of(found: Any, name: str) -> Equipment | None:
@@ -168,6 +177,11 @@ def _active_connection(database_url: str, job: str) -> Any:
 
 
 _scope = scopes.Scope(scopes.FLASK, _active_settings, _active_connection)
+
+
+def _surroundings_in_tests() -> Sequence[Surrounding]:
+    equipment = _active() or (_latest() if _latest is not None else None)
+    return () if equipment is None else (equipment.context,)
 
 
 def _context_ends(app: Flask, exc: BaseException | None = None, **_: Any) -> None:

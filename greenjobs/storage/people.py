@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from greenjobs.storage.fence import Fence, int_array
 from greenjobs.storage.history import removal
@@ -55,14 +55,17 @@ def retry(connection: Connection, chosen: Sequence[Fence], *, states: Sequence[s
         return dict(cursor.fetchall())
 
 
-_DISCARD = removal(
-    "discarded",
-    """
+_REMOVE = {
+    outcome: removal(
+        outcome,
+        """
     USING chosen
     WHERE job.id = chosen.id
     """,
-    after=f"{_CHOSEN},",
-)
+        after=f"{_CHOSEN},",
+    )
+    for outcome in ("discarded", "cancelled")
+}
 
 
 _DELETE = f"""
@@ -75,15 +78,20 @@ RETURNING job.id
 
 
 def discard(
-    connection: Connection, chosen: Sequence[Fence], *, states: Sequence[str], is_kept: bool = True
+    connection: Connection,
+    chosen: Sequence[Fence],
+    *,
+    states: Sequence[str],
+    outcome: Literal["discarded", "cancelled"] | None = "discarded",
 ) -> set[int]:
     """End jobs in these states, of which running must not be one; returns the ids of those that were.
 
-    Those that are to be kept go to the history, unless not even that is wanted. Those that have moved on since they
-    were chosen are left alone.
+    Those that are to be kept go to the history with this outcome; with None not even they do. Those that have moved on
+    since they were chosen are left alone.
     """
     with connection.cursor() as cursor:
-        cursor.execute(_DISCARD if is_kept else _DELETE, {**_chosen(chosen), "states": list(states)})
+        statement = _DELETE if outcome is None else _REMOVE[outcome]
+        cursor.execute(statement, {**_chosen(chosen), "states": list(states)})
         return {row[0] for row in cursor.fetchall()}
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, cast
 
-from greenjobs import config, current, events
+from greenjobs import config, current, events, surroundings
 from greenjobs.call import Call
 from greenjobs.control import Retry
 from greenjobs.current import Attempt, Place, database_rooms, enter_attempt
@@ -90,13 +90,19 @@ def perform(
     return ran
 
 
-def run_attempt(job: Job[..., Any], row: ClaimedJob, queue: str, context: Any) -> Ran:
+def run_attempt(
+    job: Job[..., Any], row: ClaimedJob, queue: str, context: Any, *, runner_ids: Sequence[int] = ()
+) -> Ran:
     """Run this attempt, in a context of its own, and tell whom it may concern; writes nothing.
 
-    Timeouts are not enforced: only a runner can interrupt a job. What ends the test and not the job, such as
-    KeyboardInterrupt and pytest's own, is raised.
+    It is surrounded as in a runner of the application that is active here, or of the one that was set up last.
+    `runner_ids` are those that may have claimed it: none where it is not stored. Timeouts are not enforced: only a
+    runner can interrupt a job. What ends the test and not the job, such as KeyboardInterrupt and pytest's own, is
+    raised.
     """
-    place = Place(queue, context, cast("Any", AMBIENT))
+    of_application = surroundings.of_application
+    around = (*surroundings.everywhere, *(of_application() if of_application is not None else ()))
+    place = Place(queue, context, cast("Any", AMBIENT), runner_ids, surroundings=around)
     return Context().run(_run, Attempt(job, row, place, None))
 
 
@@ -128,11 +134,16 @@ def _run(attempt: Attempt) -> Ran:
         if row.start_by is not None and time.monotonic() >= row.start_by:
             raise JobExpired("it had not started when it expired")
         args, kwargs = job.codec.decode(row.data)
-        value = job.function(*args, **kwargs)
+        value = surroundings.call_within(attempt.place.surroundings, job.function, args, kwargs)
+        if attempt.completion is not None:
+            attempt.completion.end()
     # A runner takes every other BaseException for a failure of the job, too; here it is the end of the test.
     except (Exception, JobControl, SystemExit) as raised:
         error = raised
-        verdict = judge(job.policy, raised, failures=row.retries + 1, max_retries=attempt.max_retries)
+        if attempt.completion is not None:
+            attempt.completion.abandon()
+    if error is not None and (attempt.completion is None or not attempt.completion.is_committed):
+        verdict = judge(job.policy, error, failures=row.retries + 1, max_retries=attempt.max_retries)
     _publish(attempt, verdict, error)
     return Ran(
         id=row.id,
@@ -167,6 +178,10 @@ def _publish(attempt: Attempt, verdict: Verdict, error: BaseException | None) ->
 
 class _Ambient:
     """What jobs of a test enqueue on: whatever the test itself does."""
+
+    @property
+    def database_url(self) -> str:
+        return config.current().require_database_url()
 
     def connection(self) -> Any:
         settings = config.current()

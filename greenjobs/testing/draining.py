@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from psycopg2 import errors
 
 from greenjobs import config, current, pool, storage
-from greenjobs.errors import GreenjobsError, OptionError
+from greenjobs.errors import GreenjobsError, JobLost, OptionError
 from greenjobs.job import Job, check_queue_name, registered_jobs
 from greenjobs.statement import PlanningConnection
 from greenjobs.storage import ClaimedJob, Fence, rehearsal
@@ -125,11 +125,18 @@ class _Rehearsal:
         """Make this attempt, and write its outcome."""
         try:
             with self._shared(row):
-                ran = run_attempt(self._jobs[row.job_type], row, self._claimed_from, self._context)
+                job, ids = self._jobs[row.job_type], [self._runner]
+                ran = run_attempt(job, row, self._claimed_from, self._context, runner_ids=ids)
         except BaseException:
             if not self._connection.closed and not is_aborted(self._connection):
                 self.give_back(row)
             raise
+        if self._joined is not None and isinstance(ran.error, JobLost):
+            raise DrainError(
+                f"job {row.id} ({row.job_type}) completes in a transaction of its own, on another connection than the "
+                f"test is using, where the job cannot be found; have it say current_job.transaction(connection) with "
+                f"this one, or with a session on it, or drain without testing.using"
+            ) from ran.error
         entry = ledger.ended(self._runner, row, ran, ahead_seconds=_ahead_seconds())
         with plain_rows(self._connection) as connection:
             is_held = ledger.write(connection, entry)
