@@ -257,9 +257,11 @@ class Watchdog:
 
 
 def _stack_below(outermost: FrameType | None, innermost: FrameType) -> str:
+    """The stack as text, as far as it is below that frame; of that one itself, when it calls C code."""
     frames = []
     for frame, line in traceback.walk_stack(innermost):
+        if frame is not outermost or not frames:
+            frames.append((frame, line))
         if frame is outermost:
             break
-        frames.append((frame, line))
     return "".join(traceback.StackSummary.extract(iter(reversed(frames))).format()).rstrip()

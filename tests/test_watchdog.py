@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import sys
 import time
 from collections.abc import Iterator
 
@@ -262,6 +263,14 @@ def test_with_0_it_measures_and_reports_nothing(database: running.Database, seen
     with at_work() as handle:
         eventually(lambda: handle.loop.max_lag > 0.2, "no lag", seconds=running.PATIENCE_SECONDS)
     assert seen == []
+
+
+def test_stack_is_never_empty_where_something_was_seen() -> None:
+    """A job may stand in C code that the executor calls."""
+    here = sys._getframe()
+    lines = watchdog._stack_below(here, here).splitlines()
+    assert "in test_stack_is_never_empty_where_something_was_seen" in lines[0]
+    assert len(lines) == 2
 
 
 def test_peaks_are_those_of_the_last_minute_only(monkeypatch: pytest.MonkeyPatch) -> None:
