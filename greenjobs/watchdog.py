@@ -258,7 +258,7 @@ class Watchdog:
 
 def _stack_below(outermost: FrameType | None, innermost: FrameType) -> str:
     """The stack as text, as far as it is below that frame; of that one itself, when it calls C code."""
-    frames = []
+    frames: list[tuple[FrameType, int]] = []
     for frame, line in traceback.walk_stack(innermost):
         if frame is not outermost or not frames:
             frames.append((frame, line))
