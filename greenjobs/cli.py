@@ -77,6 +77,9 @@ main.add_command(schedules_group)
     "max_crashes",
     "grace",
     "on_session_loss",
+    "max_blocking",
+    "threads",
+    "job_processes",
     "processes",
     "max_jobs",
     "max_memory",
@@ -126,6 +129,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
                 f"own; the most that one may have of it goes with its name, as in --queue bulk:10"
             )
         runner = Runner(url, context=application).register(*jobs.values())
+        runner.application = settings.app or ""
         for each in equipment:
             each.equip(runner)
         for queue, options in _parse_queues(queues).items():

@@ -23,7 +23,7 @@ import pytest
 from processes import Process
 from waiting import eventually
 
-from greenjobs import config, supervised
+from greenjobs import config, memory
 from greenjobs import order as orders
 from greenjobs.errors import ConfigError
 
@@ -271,9 +271,9 @@ def test_run_that_was_called_in_another_way_says_that_it_has_no_supervisor(tmp_p
 
 
 def test_memory_of_a_process_is_what_it_occupies() -> None:
-    before = supervised.resident_megabytes()
+    before = memory.resident_megabytes()
     block = b"x" * 100 * 2**20
-    assert 95 < supervised.resident_megabytes() - before < 150
+    assert 95 < memory.resident_megabytes() - before < 150
     del block
 
 
