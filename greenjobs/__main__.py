@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import sys
 
-from greenjobs import supervisor
+from greenjobs.order import order_in
+from greenjobs.supervisor import supervise
 
 
 def main() -> None:
     """Run the command line."""
-    order = supervisor.order_in(sys.argv[1:])
+    order = order_in(sys.argv[1:])
     if order is not None:
-        sys.exit(supervisor.supervise(order))
+        sys.exit(supervise(order))
     # Not at the top: gevent is not for a supervisor, and what is imported before the patch may keep what it replaces.
     from greenjobs import green
 

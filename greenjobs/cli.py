@@ -21,6 +21,7 @@ import gevent
 
 from greenjobs import config, counts, grants, health, inspection, logs, migrate, pool
 from greenjobs.cli_counts import counts_command, print_rates
+from greenjobs.cli_doctor import doctor_command, warn_at_start
 from greenjobs.cli_health import health_command
 from greenjobs.cli_jobs import jobs_group
 from greenjobs.cli_options import configure, plain_errors, setting_options, show
@@ -55,6 +56,7 @@ def main() -> None:
 
 
 main.add_command(counts_command)
+main.add_command(doctor_command)
 main.add_command(health_command)
 main.add_command(jobs_group)
 main.add_command(queues_group)
@@ -75,6 +77,9 @@ main.add_command(schedules_group)
     "max_crashes",
     "grace",
     "on_session_loss",
+    "max_blocking",
+    "threads",
+    "job_processes",
     "processes",
     "max_jobs",
     "max_memory",
@@ -124,6 +129,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
                 f"own; the most that one may have of it goes with its name, as in --queue bulk:10"
             )
         runner = Runner(url, context=application).register(*jobs.values())
+        runner.application = settings.app or ""
         for each in equipment:
             each.equip(runner)
         for queue, options in _parse_queues(queues).items():
@@ -141,6 +147,7 @@ def run(queues: tuple[str, ...], until_empty: bool, migrate_first: bool, reload:
             if server is not None and line is None:
                 logger.info("http: %s", server.address)
             _banner(url, handle, jobs)
+            warn_at_start(settings, handle)
             for each in equipment:
                 each.check(handle)
             if line is not None:

@@ -244,6 +244,21 @@ class Settings:
         _one_of("finish", "interrupt"),
         "What becomes of running jobs when the runner loses its session, and others may take them over.",
     )
+    max_blocking: float = _option(
+        0.5,
+        _number(float, "a number of seconds", 0, 3_600),
+        "Seconds for which something may hold the event loop before the watchdog names it; 0: it names nothing.",
+    )
+    threads: int | None = _option(
+        None,
+        _number(int, "a whole number", 1, 1_000),
+        "How many jobs one process runs in threads at a time; four more than it has cores, 32 at most, when not set.",
+    )
+    job_processes: int | None = _option(
+        None,
+        _number(int, "a whole number", 1, 1_000),
+        "How many processes a runner has for jobs that run in one; as many as there are cores when not set.",
+    )
     processes: int = _option(
         1, _number(int, "a whole number", 1, 1_000), "How many processes `greenjobs run` keeps at work."
     )

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import json
+import traceback
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from greenjobs import config
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
     from greenjobs.completion import Transaction
+    from greenjobs.elsewhere import CompletedElsewhere, ElsewhereCall
     from greenjobs.keeping import ResultCodec
     from greenjobs.lending import JobPool
     from greenjobs.policy import Policy
@@ -79,10 +82,11 @@ class Declaration(Protocol):
 class Attempt:
     """One attempt of one job, while it runs. Made by the worker; shown by `current_job`.
 
-    `completion` is the transaction in which it completes, or has completed, if there is one.
+    `completion` is the transaction in which it completes, or has completed, if there is one. `elsewhere` is the call of
+    its function, where that is not in a greenlet of the event loop.
     """
 
-    __slots__ = ("completion", "greenlet", "interrupted_by", "job", "place", "report", "row", "started")
+    __slots__ = ("completion", "elsewhere", "greenlet", "interrupted_by", "job", "place", "report", "row", "started")
 
     def __init__(self, job: Declaration, row: ClaimedJob, place: Place, greenlet: Any) -> None:
         self.job = job
@@ -91,7 +95,8 @@ class Attempt:
         self.greenlet = greenlet
         self.started = 0.0
         self.interrupted_by: BaseException | None = None
-        self.completion: Transaction | None = None
+        self.completion: Transaction | CompletedElsewhere | None = None
+        self.elsewhere: ElsewhereCall | None = None
         self.report: Report | None = None
 
     @property
@@ -109,6 +114,18 @@ class Attempt:
             overrides = json.loads(self.row.options)
             soft, hard = overrides.get("timeout", soft), overrides.get("hard_timeout", hard)
         return None if soft is None and hard is None else (soft, hard)
+
+    def frame(self) -> FrameType | None:
+        """Where its function stands at this moment; None where that is not in this process."""
+        frame: FrameType | None = self.greenlet.gr_frame if self.elsewhere is None else self.elsewhere.frame()
+        return frame
+
+    def stack(self) -> str:
+        """The same, as text for people."""
+        frame = self.frame()
+        if frame is None and self.elsewhere is not None:
+            return self.elsewhere.where
+        return "".join(traceback.format_stack(frame))
 
     @property
     def number(self) -> int:
@@ -241,7 +258,7 @@ class CurrentJob:
         `total`, where that was an estimate; a message is cut after 500 characters. Raises OptionError.
         """
         attempt = _running()
-        (attempt.report or _begin_report(attempt)).say(done, total, message)
+        (attempt.report or begin_report(attempt)).say(done, total, message)
 
     @property
     def last_progress(self) -> Progress | None:
@@ -250,7 +267,7 @@ class CurrentJob:
         Asks the database, once, unless this attempt has said so itself, or is the first. Raises DatabaseUnavailable.
         """
         attempt = _running()
-        report = attempt.report or _begin_report(attempt)
+        report = attempt.report or begin_report(attempt)
         if report.progress is None and not report.former_is_known and attempt.row.attempt > 1:
             settings = config.current()
             pool, storage = database_rooms()
@@ -266,7 +283,7 @@ class CurrentJob:
         With @job(keep_log=True) the newest lines are kept on the row as well, as far as it is.
         """
         attempt = _running()
-        return (attempt.report or _begin_report(attempt)).log
+        return (attempt.report or begin_report(attempt)).log
 
 
 current_job = CurrentJob()
@@ -279,7 +296,8 @@ def _running() -> Attempt:
     return attempt
 
 
-def _begin_report(attempt: Attempt) -> Report:
+def begin_report(attempt: Attempt) -> Report:
+    """What the attempt says of itself, from now on."""
     row, place = attempt.row, attempt.place
     attempt.report = Report(
         id=row.id,

@@ -88,6 +88,21 @@ class JobTimeout(GreenjobsError, TimeoutError):
     """Raised in a job that has run for its `timeout`. It may catch it to end well; else the attempt has failed."""
 
 
+class JobProcessDied(GreenjobsError):
+    """The process in which a job ran has ended under it, or did not start; the attempt has failed.
+
+    `status` is its exit status, negative for the number of the signal that ended it; None when it is not known.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class JobProcessError(GreenjobsError):
+    """Stands for an error that a job raised in its own process, where the class of that is not known in this one."""
+
+
 class JobNotEnded(GreenjobsError, TimeoutError):
     """A job did not end while somebody waited for it; it goes on. `status` is what it was at the end of the wait."""
 

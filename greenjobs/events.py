@@ -61,6 +61,21 @@ class JobsEnqueued:
 
 
 @dataclass(frozen=True, slots=True)
+class LoopHeld:
+    """Something held the runner's event loop for `seconds`, longer than `max_blocking`, and has let go of it now.
+
+    `job_type`, `id` and `queue` are None where no job did, or nobody can say which; `stack` is where it stood, as text,
+    "" where nobody could see it. The handlers are called in the loop, afterwards.
+    """
+
+    job_type: str | None
+    id: int | None
+    queue: str | None
+    seconds: float
+    stack: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunnerEnded:
     """A runner has ended, and the outcomes of its jobs are written. The process ends when the handlers have returned:
     for what is to leave it before."""
@@ -84,6 +99,7 @@ _handlers: dict[type, list[Any]] = {
     AttemptEnded: handlers,
     AttemptStarted: start_handlers,
     JobsEnqueued: enqueue_handlers,
+    LoopHeld: [],
     RunnerEnded: [],
 }
 

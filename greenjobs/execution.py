@@ -10,17 +10,18 @@ from __future__ import annotations
 import logging
 import sys
 import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from itertools import chain
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import gevent
 
 from greenjobs import config, events
+from greenjobs.annex import Annex
 from greenjobs.current import Attempt, Place, enter_attempt
 from greenjobs.error_record import error_record
 from greenjobs.errors import (
@@ -95,16 +96,19 @@ class Executor:
         self._ready: deque[ClaimedJob] = deque()
         self._carriers = 0
         self._next_carrier_is_coming = False
+        self.elsewhere: dict[str, Annex] = {}
+        """Where jobs of these types run, if not in a greenlet here."""
+        self._aside: deque[ClaimedJob] = deque()
 
     @property
     def ready(self) -> int:
         """How many jobs are here and have not started."""
-        return len(self._ready)
+        return len(self._ready) + len(self._aside)
 
     @property
     def held(self) -> int:
         """How many jobs are here: those that run, and those that have not started."""
-        return len(self.running) + len(self._ready)
+        return len(self.running) + len(self._ready) + len(self._aside)
 
     def add(self, rows: Sequence[ClaimedJob]) -> None:
         """Run these claimed jobs, in this order, higher priorities before what is here already; returns at once."""
@@ -121,9 +125,21 @@ class Executor:
 
     def take_back(self) -> list[Fence]:
         """Take away the jobs that have not started; they are the caller's to give back."""
-        taken = [Fence(row.id, row.attempt) for row in self._ready]
+        taken = [Fence(row.id, row.attempt) for row in chain(self._ready, self._aside)]
         self._ready.clear()
+        self._aside.clear()
         return taken
+
+    def count_waiting(self, annex: Annex) -> int:
+        """How many jobs are here that are going to run there, and have not started."""
+        return sum(self.elsewhere.get(row.job_type) is annex for row in chain(self._ready, self._aside))
+
+    def try_aside(self) -> None:
+        """What was put aside, because there was no room for it, may start now; returns at once."""
+        if self._aside:
+            self._ready.extendleft(reversed(self._aside))
+            self._aside.clear()
+            self._send_carrier()
 
     def interrupt(self, attempt: Attempt, error: BaseException) -> None:
         """Raise this error in a running job, wherever it waits; returns at once. Again, it is raised again.
@@ -141,9 +157,9 @@ class Executor:
                 self.interrupt(attempt, JobCancelled("the job was cancelled"))
                 self._watch_obedience(attempt)
             return
-        for row in self._ready:
+        for row in (*self._ready, *self._aside):
             if row.id == job_id:
-                self._ready.remove(row)
+                (self._ready if row in self._ready else self._aside).remove(row)
                 keep = keep_seconds(self._jobs[row.job_type].keep, row.options)
                 self._ended(Ended(Fence(row.id, row.attempt), "cancelled", keep))
                 self.tallies[row.job_type].cancelled += 1
@@ -155,17 +171,19 @@ class Executor:
             # What ends the job for good is not taken back by a timeout that comes later.
             if not isinstance(attempt.interrupted_by, JobControl) or isinstance(error, JobControl):
                 attempt.interrupted_by = error
-            attempt.greenlet.throw(error)
+            if attempt.elsewhere is not None:
+                attempt.elsewhere.interrupt(error)
+            else:
+                attempt.greenlet.throw(error)
 
     def _watch_obedience(self, attempt: Attempt) -> None:
         """Report a job that goes on running although it was told to end."""
 
         def report() -> None:
             if self.running.get(attempt.row.id) is attempt:
-                stack = "".join(traceback.format_stack(attempt.greenlet.gr_frame))
                 _stuck_logger.error(
                     "job %s (%s) is stuck: it was told to end (%r) %.0f s ago, and stands in\n%s",
-                    *(attempt.row.id, attempt.job.name, attempt.interrupted_by, _OBEDIENCE_SECONDS, stack),
+                    *(attempt.row.id, attempt.job.name, attempt.interrupted_by, _OBEDIENCE_SECONDS, attempt.stack()),
                     extra=_log_keys(attempt),
                 )
 
@@ -189,7 +207,7 @@ class Executor:
 
     def held_rows(self) -> list[ClaimedJob]:
         """The jobs that are here and not finished."""
-        return [attempt.row for attempt in self.running.values()] + list(self._ready)
+        return [attempt.row for attempt in self.running.values()] + list(chain(self._ready, self._aside))
 
     # --- carriers -----------------------------------------------------------------------------------------------------
 
@@ -215,7 +233,11 @@ class Executor:
             while self._ready and self._carriers <= self.pool:
                 if not self._next_carrier_is_coming:
                     self._send_carrier()
-                Context().run(self._execute, self._ready.popleft(), carrier)
+                row = self._ready.popleft()
+                if self.elsewhere and not self._has_place(row):
+                    self._aside.append(row)
+                    continue
+                Context().run(self._execute, row, carrier)
                 if _traces(carrier) != fresh:
                     return
                 if time.perf_counter() > slice_ends:
@@ -226,10 +248,21 @@ class Executor:
             self._send_carrier()
             self._on_room()
 
+    def _has_place(self, row: ClaimedJob) -> bool:
+        """Whether the job can start; if so, its place is taken."""
+        annex = self.elsewhere.get(row.job_type)
+        if annex is None:
+            return True
+        if annex.free <= 0:
+            return False
+        annex.busy += 1
+        return True
+
     # --- one attempt --------------------------------------------------------------------------------------------------
 
     def _execute(self, row: ClaimedJob, carrier: gevent.Greenlet[..., None]) -> None:
         job = self._jobs[row.job_type]
+        annex = self.elsewhere.get(row.job_type) if self.elsewhere else None
         attempt = Attempt(job, row, self._place, carrier)
         enter_attempt(attempt)
         self.running[row.id] = attempt
@@ -242,11 +275,17 @@ class Executor:
         try:
             if row.start_by is not None and time.monotonic() >= row.start_by:
                 raise JobExpired("it had not started when it expired")
-            args, kwargs = job.codec.decode(row.data)
-            if self._surroundings:
-                value = call_within(self._surroundings, job.function, args, kwargs)
+            if annex is not None:
+                call = annex.call(attempt, self._surroundings)
+                if call.error is not None:
+                    raise call.error
+                value = call.value
             else:
-                value = job.function(*args, **kwargs)
+                args, kwargs = job.codec.decode(row.data)
+                if self._surroundings:
+                    value = call_within(self._surroundings, job.function, args, kwargs)
+                else:
+                    value = job.function(*args, **kwargs)
             if isinstance(attempt.interrupted_by, (JobCancelled, JobHardTimeout)):
                 raise attempt.interrupted_by
             if attempt.completion is not None:
@@ -285,6 +324,8 @@ class Executor:
                 tally.add(outcome, seconds, row.waited)
             if self.meters is not None:
                 self.meters[row.job_type](outcome, seconds, row.waited)
+            if annex is not None:
+                annex.leave()
             self._on_room()
 
     def _settle_raised(self, attempt: Attempt, error: BaseException) -> events.Outcome:
@@ -292,14 +333,18 @@ class Executor:
         # may fail in its own ways.
         if isinstance(attempt.interrupted_by, JobControl):
             error = attempt.interrupted_by
+        there = attempt.elsewhere if attempt.elsewhere is not None and attempt.elsewhere.error is error else None
         if attempt.completion is not None:
             attempt.completion.abandon()
         if attempt.completion is not None and attempt.completion.is_committed:
             verdict = Verdict("done")  # and whatever it raised afterwards changes nothing
+        elif there is not None and there.verdict is not None:
+            verdict = there.verdict
         else:
             policy, failures = attempt.job.policy, attempt.row.retries + 1
             verdict = judge(policy, error, failures=failures, max_retries=attempt.max_retries)
         fence = Fence(attempt.row.id, attempt.row.attempt)
+        record = there.record if there is not None else None
         try:
             _log(attempt, verdict, error)
         except Exception:  # a filter or a handler of the application's
@@ -310,7 +355,7 @@ class Executor:
             has_ended = verdict.outcome in ("discarded", "cancelled", "expired")
             attempt.report.end(stays=is_kept if has_ended else verdict.outcome != "done")
         if verdict.outcome in ("failed", "retried"):
-            record = error_record(error, attempt.number, self._runner_name)
+            record = record or error_record(error, attempt.number, self._runner_name)
             self._failed(Failure(fence, verdict.retry_in, record))
         elif verdict.outcome == "done":
             self._completed(fence)
@@ -321,7 +366,7 @@ class Executor:
         else:  # discarded, expired or cancelled
             reason = None
             if verdict.outcome != "cancelled":
-                reason = error_record(error, attempt.number, self._runner_name)
+                reason = record or error_record(error, attempt.number, self._runner_name)
             self._keep(attempt, verdict.outcome, error=reason)
         policy = attempt.job.policy
         hooks = {"failed": policy.on_failure, "discarded": policy.on_discard, "expired": policy.on_discard}
@@ -337,7 +382,10 @@ class Executor:
         elif job.results is None:
             self._keep(attempt, "done")
         else:
-            result, complaint = job.results.encode(value, max_bytes=config.current().max_payload_bytes)
+            there = attempt.elsewhere
+            result, complaint = (there and there.encoded) or job.results.encode(
+                value, max_bytes=config.current().max_payload_bytes
+            )
             # First of all, for a logger may wait, and be interrupted.
             self._keep(attempt, "done", result=result)
             if complaint is not None:
@@ -383,6 +431,16 @@ class Executor:
             ),
             *more,
         )
+
+
+def attempt_in(frame: FrameType | None) -> tuple[Attempt, FrameType] | None:
+    """The attempt that a stack is of, by its innermost frame, and the frame that called its function; None for none."""
+    while frame is not None:
+        if frame.f_code is Executor._execute.__code__:
+            attempt = frame.f_locals.get("attempt")
+            return None if attempt is None else (attempt, frame)
+        frame = frame.f_back
+    return None
 
 
 def _log(attempt: Attempt, verdict: Verdict, error: BaseException) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from typing import Any
 
 import gevent
@@ -30,8 +31,15 @@ _CANCEL_SECONDS = 2.0
 _CANCELLING_THREADS = 16
 
 
+imported_before: frozenset[str] | None = None
+"""The modules that were there when `patch` came; None where it has not, or where somebody else had patched before."""
+
+
 def patch() -> None:
     """Make the standard library and psycopg2 cooperative; again is harmless. Call it before any other import."""
+    global imported_before
+    if not gevent.monkey.is_module_patched("socket"):
+        imported_before = frozenset(sys.modules)
     gevent.monkey.patch_all()
     # psycogreen's is the documented entry, which other libraries look for; our callback then replaces its callback.
     patch_psycopg()
@@ -42,6 +50,11 @@ def missing_patches() -> tuple[str, ...]:
     """What is not cooperative in this process: modules, and "psycopg2"; empty where all is well."""
     missing = tuple(name for name in _NEEDED_PATCHES if not gevent.monkey.is_module_patched(name))
     return missing if extensions.get_wait_callback() is not None else (*missing, "psycopg2")
+
+
+def has_wait_callback() -> bool:
+    """Whether psycopg2 waits by our callback, which stops statements on the server, and not by somebody else's."""
+    return extensions.get_wait_callback() is _wait
 
 
 def _wait(connection: extensions.connection) -> None:

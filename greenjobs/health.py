@@ -182,14 +182,15 @@ def jobs(handle: RunnerHandle, request: Request) -> Answer:
 
 
 def _described(attempt: Attempt) -> dict[str, Any]:
+    frame = attempt.frame()
     return {
         "id": attempt.row.id,
         "job_type": attempt.job.name,
         "queue": attempt.place.queue,
         "attempt": attempt.number,
         "running_seconds": round(time.perf_counter() - attempt.started, 3),
-        "executor": getattr(attempt.job.policy, "executor", "greenlet"),
-        "stack": _frames(attempt.greenlet.gr_frame),
+        "executor": attempt.job.policy.executor,
+        "stack": _frames(frame) if frame is not None or attempt.elsewhere is None else [attempt.elsewhere.where],
     }
 
 

@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, overload
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
 from greenjobs import config, expiry, keeping, policy
 from greenjobs.call import Call, CallOptions
@@ -300,6 +300,8 @@ def job(
     on_failure: Handler | None = None,
     on_discard: Handler | None = None,
     keep_log: bool | int = False,
+    executor: policy.Where = "greenlet",
+    on_blocking: Literal["thread"] | None = None,
 ) -> Callable[[Callable[P, R]], Job[P, R]]: ...
 
 
@@ -319,6 +321,9 @@ def job(function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     (default: all), `discard_on` those that end it quietly. After `timeout` seconds JobTimeout is raised in it, after
     `hard_timeout` JobHardTimeout. `on_failure` and `on_discard` are called with an AttemptEnded when it comes to that.
     With `keep_log`, True or a number, the newest lines of `current_job.log` are kept with the job.
+
+    `executor` is where it runs: in a "greenlet" of the event loop, which it shares with others; in a "thread"; or in a
+    "process", for what blocks or computes. With on_blocking="thread" it is moved to threads when it often blocks.
 
     Raises JobDefinitionError, when the module is imported.
 

@@ -25,17 +25,21 @@ def load_application(given: str | None) -> Any:
     Raises ConfigError, which says what was looked for and where; errors of the application's own import come as they
     are.
     """
-    name = given or os.environ.get("FLASK_APP") or _default_name()
+    name = name_of_application(given)
+    if name is None:
+        raise _no_name()
     module_name, _, expression = name.partition(":")
     module = _import(_module_name(module_name), name)
     return _evaluate(module, expression, name) if expression else module
 
 
-def _default_name() -> str:
-    for file in _DEFAULT_FILES:
-        if Path(file).is_file():
-            return file
-    raise ConfigError(
+def name_of_application(given: str | None) -> str | None:
+    """What would be loaded: `given`, or what Flask would find; None where there is nothing of the kind."""
+    return given or os.environ.get("FLASK_APP") or next((file for file in _DEFAULT_FILES if Path(file).is_file()), None)
+
+
+def _no_name() -> ConfigError:
+    return ConfigError(
         f"no application is named, and there is no {' or '.join(_DEFAULT_FILES)} in {Path.cwd()}; name the module that "
         f"declares the jobs: --app myapp.jobs, the environment variable GREENJOBS_APP, or app under [greenjobs] in "
         f"setup.cfg"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from greenjobs import retry
 from greenjobs.control import Discard, Retry, Snooze
@@ -18,6 +18,7 @@ from greenjobs.errors import (
     JobHardTimeout,
     JobInterrupted,
     JobLost,
+    JobProcessDied,
     JobTimeout,
     OptionError,
     PayloadMismatch,
@@ -33,6 +34,9 @@ _LOST_SECONDS = 60.0
 LONGEST_TIMEOUT_SECONDS = 366 * 24 * 60 * 60.0
 
 ErrorTypes = type[BaseException] | Iterable[type[BaseException]]
+
+Where = Literal["greenlet", "thread", "process"]
+"""Where the function of a job runs."""
 
 _DEFAULT_BACKOFF = retry.exponential()
 
@@ -53,6 +57,8 @@ class Policy:
     on_failure: Handler | None = None
     on_discard: Handler | None = None
     keep_log: int = 0
+    executor: Where = "greenlet"
+    on_blocking: Literal["thread"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,8 @@ def declared(
     on_failure: Handler | None = None,
     on_discard: Handler | None = None,
     keep_log: bool | int = False,
+    executor: Where = "greenlet",
+    on_blocking: Literal["thread"] | None = None,
 ) -> Policy:
     """The policy that these arguments of @job mean. Raises JobDefinitionError, which names the job."""
     try:
@@ -84,6 +92,7 @@ def declared(
         if hook is not None and not callable(hook):
             raise JobDefinitionError(f"{job_name}: {name} is {hook!r}; allowed: a function of an AttemptEnded")
     soft, hard = checked_timeouts(job_name, timeout, hard_timeout, JobDefinitionError)
+    _check_where(job_name, executor, on_blocking)
     return Policy(
         backoff=chosen,
         retry_on=None if retry_on is None else _error_types(job_name, "retry_on", retry_on),
@@ -93,7 +102,23 @@ def declared(
         on_failure=on_failure,
         on_discard=on_discard,
         keep_log=kept_lines(job_name, keep_log),
+        executor=executor,
+        on_blocking=on_blocking,
     )
+
+
+def _check_where(job_name: str, executor: object, on_blocking: object) -> None:
+    if executor not in ("greenlet", "thread", "process"):
+        raise JobDefinitionError(
+            f'{job_name}: executor is {executor!r}; allowed: "greenlet", which shares the event loop with others, '
+            f'"thread" or "process"'
+        )
+    if on_blocking not in (None, "thread"):
+        raise JobDefinitionError(f'{job_name}: on_blocking is {on_blocking!r}; allowed: "thread", or None')
+    if on_blocking is not None and executor != "greenlet":
+        raise JobDefinitionError(
+            f"{job_name}: on_blocking is for jobs that run in a greenlet, and this one runs in a {executor}"
+        )
 
 
 def checked_timeouts(
@@ -133,8 +158,8 @@ def judge(policy: Policy, error: BaseException, *, failures: int, max_retries: i
 def _is_retried(policy: Policy, error: BaseException) -> bool:
     if isinstance(error, Retry) or policy.retry_on is None:
         return True
-    # What ran out of time is tried again though it is not listed, unless nothing at all is to be.
-    return bool(policy.retry_on) and isinstance(error, (*policy.retry_on, JobTimeout, JobHardTimeout))
+    # What ran out of time, or died with its process, is tried again though it is not listed, unless nothing at all is.
+    return bool(policy.retry_on) and isinstance(error, (*policy.retry_on, JobTimeout, JobHardTimeout, JobProcessDied))
 
 
 def _delay(policy: Policy, failures: int, error: BaseException) -> float:

@@ -193,15 +193,29 @@ class Report:
     def take(self) -> dict[str, Any]:
         """What there is to write, as `storage.report` has it; it is no news from now on."""
         document: dict[str, Any] = {"id": self.id, "attempt": self.claim}
-        if self._progress_is_news and self._progress is not None:
+        # First of all: a job in a thread may say more meanwhile.
+        is_progress, self._progress_is_news = self._progress_is_news, False
+        are_lines, self._lines_are_news = self._lines_are_news, False
+        if is_progress and self._progress is not None:
             done, total, message, at = self._progress
             cut = None if message is None else storable(message[:LONGEST_MESSAGE])
             document["progress"] = {"done": done, "total": total, "message": cut, "at": _moment(at)}
-        if self._lines_are_news:
+        if are_lines:
             document["lines"] = list(self._lines)
             document["kept"] = self._lines.maxlen
-        self._progress_is_news = self._lines_are_news = False
         return document
+
+    def receive(self, document: Mapping[str, Any]) -> None:
+        """Say what the job said in another process, where it was taken."""
+        if "progress" in document:
+            said = document["progress"]
+            at = datetime.fromisoformat(said["at"]).timestamp()
+            self._progress = (said["done"], said["total"], said["message"], at)
+            self._progress_is_news = True
+        if "lines" in document:
+            self._lines = deque(document["lines"], document["kept"])
+            self._lines_are_news = True
+        self._announce()
 
     def put_back(self) -> None:
         """What was taken could not be written: it is news again."""

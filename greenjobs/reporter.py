@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import gevent
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
+from gevent.monkey import get_original
 
 from greenjobs import storage
 from greenjobs.progress import Report
@@ -24,12 +25,15 @@ _PAUSE_SECONDS = 1.0
 # A statement has the news of so many jobs at most; a hundred lines of each may be half a megabyte together.
 _LARGEST_GROUP = 100
 
+_get_ident = get_original("_thread", "get_ident")
+
 
 class Reporter:
     """The recorder of a runner's reports. Begins at once; nothing is written while nobody has news."""
 
     def __init__(self, service: Service, *, spawn: Spawn) -> None:
         self._service = service
+        self._hub = gevent.get_hub()
         self._expected: list[Report] = []
         self._ended: list[Report] = []
         self._arrived = Event()
@@ -38,7 +42,10 @@ class Reporter:
         self._greenlet = spawn(self._write_for_ever)
 
     def expect(self, report: Report) -> None:
-        """There are news in this report; returns at once."""
+        """There are news in this report; returns at once. Also from a thread that runs a job."""
+        if _get_ident() != self._hub.thread_ident:
+            self._hub.loop.run_callback_threadsafe(self.expect, report)
+            return
         self._expected.append(report)
         self._arrived.set()
 

@@ -11,7 +11,6 @@ import logging
 import os
 import socket
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +21,7 @@ from gevent.lock import BoundedSemaphore
 
 from greenjobs import companions, config, events, green, inspection, lending, logs, migrate, pool, storage, surroundings
 from greenjobs.acknowledger import Acknowledger
+from greenjobs.blocking import Blocking, check_application
 from greenjobs.counting import Counting
 from greenjobs.current import Place
 from greenjobs.errors import ConfigError, DatabaseUnavailable, JobInterrupted, JobsFailed, NotPatched
@@ -29,6 +29,7 @@ from greenjobs.job import Job, check_queue_name
 from greenjobs.lease import LEASE_SECONDS, Lease
 from greenjobs.listener import Listener
 from greenjobs.maintenance import Maintenance
+from greenjobs.processes import Origin
 from greenjobs.scheduler import Scheduler
 from greenjobs.service import Service
 from greenjobs.share import Share
@@ -70,6 +71,8 @@ class Runner:
         given = config.check({"database_url": database_url})
         self.database_url: str = given.get("database_url") or self.settings.require_database_url()
         self.context = context
+        self.application = self.settings.app
+        """What the processes of jobs are to load, as the setting `app` has it; "": what Flask would find."""
         self._jobs: dict[str, Job[Any, Any]] = {}
         self._queues: dict[str, dict[str, Any]] = {}
         self._slots = self.settings.share
@@ -157,6 +160,7 @@ class Runner:
             **({} if self._slots is None else {"share": self._slots}),
         }
         complete = {queue: {**defaults, **given} for queue, given in queues.items()}
+        check_application(self._jobs.values(), self.application)
         companions.meet(runs_jobs=True)
         around = (*surroundings.everywhere, *self._surroundings)
         return RunnerHandle(self, complete, self._jobs, stops_when_empty=self._stops_when_empty, surroundings=around)
@@ -282,6 +286,11 @@ class RunnerHandle:
             )
             for queue, options in queues.items()
         }
+        origin = Origin(runner.application, runner.settings, runner.database_url, self.name, self._service.runner_ids)
+        self._blocking = Blocking(runner.settings, jobs, origin)
+        self._blocking.equip(self.workers.values())
+        self.loop = self._blocking.loop
+        """How the event loop does: `lag`, `max_lag` of the last minute, and `held`, how often it was, by job type."""
         for queue, worker in self.workers.items():
             self._counting.watch(queue, worker.tallies)
 
@@ -302,6 +311,11 @@ class RunnerHandle:
         if self._error is not None:
             raise self._error
         return ended
+
+    @property
+    def slots(self) -> int:
+        """How many jobs it runs at most at a time, of all its queues."""
+        return self.share.slots if self.share is not None else sum(worker.pool for worker in self.workers.values())
 
     def running_jobs(self) -> int:
         """How many jobs run at this moment."""
@@ -339,8 +353,8 @@ class RunnerHandle:
         parts = [f"{self.name} runs {len(attempts)} jobs"]
         for attempt in attempts:
             seconds = time.perf_counter() - attempt.started
-            frames = traceback.format_stack(attempt.greenlet.gr_frame)
-            parts.append(f"job {attempt.row.id} ({attempt.job.name}), for {seconds:.1f} s\n{''.join(frames).rstrip()}")
+            stack = attempt.stack().rstrip()
+            parts.append(f"job {attempt.row.id} ({attempt.job.name}), for {seconds:.1f} s\n{stack}")
         return "\n\n".join(parts)
 
     # --- what the listener says ---------------------------------------------------------------------------------------
@@ -417,6 +431,7 @@ class RunnerHandle:
         except BaseException:
             self._close()
             raise
+        self._blocking.start()
         for worker in self.workers.values():
             worker.start()
         self._maintenance.start()
@@ -524,6 +539,8 @@ class RunnerHandle:
         self._counting.stop()
         self._acknowledger.stop()
         self._turns.stop()
+        # What is given back now may run elsewhere at once: here it must not go on in a process.
+        self._blocking.stop()
 
     def _spawn(self, loop: Callable[[], None]) -> gevent.Greenlet[..., None]:
         greenlet = gevent.spawn(loop)
@@ -560,6 +577,7 @@ class RunnerHandle:
                 self._service.once(storage.wake, queues)
 
     def _close(self) -> None:
+        self._blocking.stop()
         self._scheduler.stop()
         self._maintenance.stop()
         self._counting.stop()

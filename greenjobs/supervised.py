@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import random
-import resource
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING
 import gevent
 from gevent.monkey import get_original
 
-from greenjobs import supervisor
+from greenjobs import order, supervisor
 from greenjobs.errors import ConfigError
+from greenjobs.memory import resident_megabytes
 
 if TYPE_CHECKING:
     from greenjobs.config import Settings
@@ -34,7 +34,6 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EXIT_UNSUPERVISED = 1
 
 _LOOK_SECONDS = 0.25
-_MEGABYTE = 2**20
 
 
 class Line:
@@ -54,7 +53,7 @@ class Line:
     @classmethod
     def open(cls, settings: Settings) -> Line | None:
         """The line to the supervisor of this process, None when it has none; exits if it is gone already."""
-        given = os.environ.pop(supervisor.SUPERVISED, None)
+        given = os.environ.pop(order.SUPERVISED, None)
         http = os.environ.pop(supervisor.SUPERVISED_HTTP, None)
         if given is None:
             return None
@@ -147,13 +146,3 @@ class Line:
                 self._say(supervisor.RETIRE, f"it occupies {megabytes:.0f} MB (max_memory) after {finished} jobs")
                 return
             gevent.sleep(_LOOK_SECONDS)
-
-
-def resident_megabytes() -> float:
-    """How much memory this process occupies, in units of 2**20 bytes; the most it ever did, where there is no /proc."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / _MEGABYTE
-    except FileNotFoundError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (_MEGABYTE if sys.platform == "darwin" else 1024)

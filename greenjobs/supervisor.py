@@ -25,18 +25,18 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from greenjobs import config, logs
+from greenjobs import logs
 from greenjobs.address import Address
+from greenjobs.bell import ASKED, FILES_CHANGED, Bell, watching_files
 from greenjobs.errors import ConfigError
 from greenjobs.metrics_folder import MetricsFolder, free_number
+from greenjobs.order import SUPERVISED, Order
 from greenjobs.systemd import Notifier
 from greenjobs.version import __version__
 
@@ -47,9 +47,6 @@ logger = logging.getLogger(__name__)
 
 # What a person can mend ends with click's own status for a wrong command line.
 EXIT_MISTAKE = 2
-
-SUPERVISED = "GREENJOBS_SUPERVISED_BY"
-"""The environment variable that tells a child of its supervisor: "PID:FD", the descriptor being its end of the line."""
 
 SUPERVISED_HTTP = "GREENJOBS_SUPERVISED_HTTP"
 """The one that tells a child where it is to answer, for its supervisor, how it is."""
@@ -68,52 +65,8 @@ _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 60.0
 _MANY_EARLY_DEATHS = 3
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
-# These go the way of the signals' numbers, and are none.
-_FILES_CHANGED = 0
-_ASKED = 255
-
 # How long somebody who asks waits for the loop, which has nothing to do that takes long.
 _ANSWER_SECONDS = 2.0
-
-_OWN_OPTIONS = ("processes", "max_jobs", "max_memory", "http", "log_level", "log_format")
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What a command line asks of a supervisor."""
-
-    settings: config.Settings
-    until_empty: bool
-    reload: bool
-
-
-def order_in(arguments: Sequence[str]) -> Order | None:
-    """What this command line (without the program's name) asks of a supervisor; None when it needs none.
-
-    Looks for a handful of options only, before anything is patched. The children parse the whole line and say what is
-    wrong with it; where the settings are wrong, nobody is asked for, and the command itself says so.
-    """
-    if SUPERVISED in os.environ or list(arguments[:1]) != ["run"] or not {"-h", "--help"}.isdisjoint(arguments):
-        return None
-    try:
-        settings = config.load(**{name: _last_value(arguments, name) for name in _OWN_OPTIONS})
-    except ConfigError:
-        return None
-    reload = "--reload" in arguments
-    if not (reload or settings.needs_supervisor):
-        return None
-    return Order(settings, until_empty="--until-empty" in arguments, reload=reload)
-
-
-def _last_value(arguments: Sequence[str], name: str) -> str | None:
-    flag, value = "--" + name.replace("_", "-"), None
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if word == flag:
-            value = following
-        elif word.startswith(f"{flag}="):
-            value = word.partition("=")[2]
-    return value
 
 
 def supervise(order: Order) -> int:
@@ -205,9 +158,7 @@ class Supervisor:
         self._stops = 0
         self._status = 0
         self._selector = selectors.DefaultSelector()
-        self._bell, self._ringing = socket.socketpair()
-        for end in (self._bell, self._ringing):
-            end.setblocking(False)
+        self._bell = Bell()
         self._selector.register(self._bell, selectors.EVENT_READ)
         self._has_terminal = _has_terminal()
         self._outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup has it
@@ -220,7 +171,8 @@ class Supervisor:
     def run(self) -> int:
         """Work until all children have ended for good; returns the exit status."""
         logger.info("greenjobs %s, supervisor %s of %s processes", __version__, os.getpid(), len(self._slots))
-        with contextlib.closing(self._metrics), self._hearing_signals(), self._watching_files(), self._answering():
+        watching = watching_files(self._bell, self._folder) if self._order.reload else contextlib.nullcontext()
+        with contextlib.closing(self._metrics), self._bell.hearing_signals(), watching, self._answering():
             while not self._is_over():
                 self._start_what_is_due()
                 self._wait()
@@ -462,30 +414,18 @@ class Supervisor:
 
     # --- signals ------------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _hearing_signals(self) -> Iterator[None]:
-        """Have signals ring the bell. Their handlers do nothing: all is done in the loop, one after the other."""
-        former_bell = signal.set_wakeup_fd(self._ringing.fileno(), warn_on_full_buffer=False)
-        former = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(former_bell)
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
     def _answer_signals(self) -> None:
-        for number in self._bell.recv(4096):
+        for number in self._bell.heard():
             if number in (signal.SIGTERM, signal.SIGINT):
                 self._stop(signal.Signals(number).name)
             elif number == signal.SIGHUP:
                 self._answer_hangup()
             elif number == signal.SIGQUIT:
                 self._pass_on_quit()
-            elif number == _FILES_CHANGED:
+            elif number == FILES_CHANGED:
                 logger.info("files have changed")
                 self._reload()
-            elif number == _ASKED:
+            elif number == ASKED:
                 self._answer_questions()
 
     def _stop(self, why: str) -> None:
@@ -533,7 +473,7 @@ class Supervisor:
         answer: queue.SimpleQueue[Picture] = queue.SimpleQueue()
         self._questions.append(answer)
         with contextlib.suppress(BlockingIOError, queue.Empty):
-            self._ringing.send(bytes([_ASKED]))
+            self._bell.ring(ASKED)
             return answer.get(timeout=_ANSWER_SECONDS)
         return None
 
@@ -568,31 +508,6 @@ class Supervisor:
         if self._is_reloading:
             self._is_reloading = False
             self._notifier.say_ready()
-
-    @contextlib.contextmanager
-    def _watching_files(self) -> Iterator[None]:
-        if not self._order.reload:
-            yield
-            return
-        import watchfiles
-
-        def is_code(change: Any, path: str) -> bool:
-            is_ours = path.endswith(".py") or Path(path).name in ("setup.cfg", "pyproject.toml")
-            return is_ours and watchfiles.DefaultFilter()(change, path)
-
-        def watch() -> None:
-            for _ in watchfiles.watch(self._folder, watch_filter=is_code, stop_event=is_over):
-                self._ringing.send(bytes([_FILES_CHANGED]))
-
-        is_over = threading.Event()
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        logger.info("reloading when Python files change in %s", self._folder)
-        try:
-            yield
-        finally:
-            is_over.set()
-            watcher.join()
 
 
 def _working_folder() -> str:

@@ -14,6 +14,7 @@ import gevent
 from gevent.event import Event
 
 from greenjobs import storage
+from greenjobs.annex import Annex
 from greenjobs.current import Attempt, Place
 from greenjobs.execution import Executor, Meter
 from greenjobs.job import Job
@@ -74,7 +75,10 @@ class Worker:
         self.is_paused = False
         self.poll_interval = poll_interval
         self._most_ahead = read_ahead
-        self._job_types = sorted(jobs)
+        self._job_types: Sequence[str] = sorted(jobs)
+        self._lanes: dict[Annex, list[str]] = {}
+        """The job types that run elsewhere: they are claimed by themselves, as far as there is room for them there."""
+        self._lanes_are_next = False
         self._service = service
         self._acknowledger = acknowledger
         self._runner: int | None = None
@@ -115,6 +119,23 @@ class Worker:
             self._stake.share.distribute()
         self._claiming = self._spawn(self._claim_until_stopped)
         self._watching = self._spawn(self._give_back_stale)
+
+    def run_elsewhere(self, job_types: Sequence[str], annex: Annex) -> None:
+        """Run the jobs of these types there from now on, as far as they have not started."""
+        self._executor.elsewhere.update(dict.fromkeys(job_types, annex))
+        self._lanes = {}
+        for job_type, its_annex in self._executor.elsewhere.items():
+            self._lanes.setdefault(its_annex, []).append(job_type)
+        annex.join(self)
+
+    def count_waiting(self, annex: Annex) -> int:
+        """How many jobs are here that are going to run there, and have not started."""
+        return self._executor.count_waiting(annex)
+
+    def note_room_elsewhere(self) -> None:
+        """Start, or claim, what there was no room for. Returns at once."""
+        self._executor.try_aside()
+        self._woken.set()
 
     def claim_as(self, runner: int | None) -> None:
         """Claim under this id from now on; with None, claim nothing, and give back what has not started."""
@@ -304,6 +325,26 @@ class Worker:
         return 0 if ahead and executor.ready > ahead // 2 else room
 
     def _claim_available(self, runner: int, limit: int) -> list[ClaimedJob]:
+        if not self._lanes:
+            return self._claim_here(runner, limit)
+        # By turns, as either may take all that there is room for.
+        self._lanes_are_next = not self._lanes_are_next
+        rows: list[ClaimedJob] = []
+        for claim in (self._claim_lanes, self._claim_here)[:: 1 if self._lanes_are_next else -1]:
+            if len(rows) < limit:
+                rows += claim(runner, limit - len(rows))
+        return rows
+
+    def _claim_lanes(self, runner: int, limit: int) -> list[ClaimedJob]:
+        rows: list[ClaimedJob] = []
+        for annex, job_types in tuple(self._lanes.items()):
+            room = min(limit - len(rows), annex.room)
+            if room > 0:
+                with annex.reserved(room):
+                    rows += self._take(storage.claim, runner, may_exclude=False, limit=room, job_types=job_types)
+        return rows
+
+    def _claim_here(self, runner: int, limit: int) -> list[ClaimedJob]:
         if not (self._knows_exclusive or self._saw_exclusive):
             return self._claim_plain(runner, limit)
         rows: list[ClaimedJob] = []
@@ -338,7 +379,10 @@ class Worker:
     def _claim(
         self, runner: int, limit: int, *, suspects: bool = False, after: ClaimCursor | None = None
     ) -> list[ClaimedJob]:
-        rows = self._take(storage.claim, runner, may_exclude=suspects, limit=limit, suspects=suspects, after=after)
+        which = {"job_types": self._types(with_lanes=suspects), "limit": limit, "suspects": suspects, "after": after}
+        if not which["job_types"]:
+            return []
+        rows = self._take(storage.claim, runner, may_exclude=suspects, **which)
         if rows and not suspects:
             self._cursor = storage.claim_order(rows[-1])
         return rows
@@ -347,19 +391,31 @@ class Worker:
         self, runner: int, limit: int, *, before: ClaimCursor | None = None, keys: Sequence[str] | None = None
     ) -> list[ClaimedJob]:
         started = time.monotonic()
-        rows = self._take(storage.claim_exclusive, runner, may_exclude=True, limit=limit, before=before, keys=keys)
+        which = {"job_types": self._types(with_lanes=True), "limit": limit, "before": before, "keys": keys}
+        rows = self._take(storage.claim_exclusive, runner, may_exclude=True, **which)
         ended = time.monotonic()
         if keys is None:
             is_all = len(rows) < limit
             self._exclusive_due_at = ended + max(_TOP_SECONDS, _TOP_SHARE * (ended - started)) if is_all else 0.0
         return rows
 
+    def _types(self, *, with_lanes: bool) -> Sequence[str]:
+        """The job types to claim: those that run here, and `with_lanes` those for which there is room elsewhere."""
+        if not self._lanes:
+            return self._job_types
+        elsewhere = self._executor.elsewhere
+        return [
+            job_type
+            for job_type in self._job_types
+            if job_type not in elsewhere or (with_lanes and elsewhere[job_type].room > 0)
+        ]
+
     def _take(
         self, claim: Callable[..., list[ClaimedJob]], runner: int, *, may_exclude: bool, **which: Any
     ) -> list[ClaimedJob]:
         self._claims_under_way += 1
         try:
-            rows = self._service.call(claim, runner=runner, queue=self.queue, job_types=self._job_types, **which)
+            rows = self._service.call(claim, runner=runner, queue=self.queue, **which)
             if may_exclude:
                 self.exclusive_keys.update((row.id, row.exclusive_key) for row in rows if row.exclusive_key is not None)
             if self._runner == runner and not (self._is_stopping or self.is_paused):

@@ -196,6 +196,14 @@ def test_manage_py_greenjobs_run_works_off_what_was_committed(folder: Path, data
     assert_ann_is_confirmed(manage(folder, "greenjobs", "run", "--until-empty"), database)
 
 
+def test_manage_py_greenjobs_doctor_judges_a_fresh_process(folder: Path) -> None:
+    chosen = ("--only", "early imports", "--only", "schema", "--only", "application")
+    output = manage(folder, "greenjobs", "doctor", *chosen)
+    assert "ok       application: site_of_tests.settings declares confirm" in output
+    assert "ok       early imports: " in output
+    assert "ok       schema: " in output
+
+
 def test_manage_py_can_be_anywhere(folder: Path, database: running.Database) -> None:
     manage(folder, "order")
     arguments = ("greenjobs", "run", "--until-empty", "--settings=site_of_tests.settings", "--pool=7")

@@ -792,7 +792,7 @@ def test_wrong_share_is_refused_in_one_line(
     folder: Path, database: running.Database, monkeypatch: pytest.MonkeyPatch, arguments: str, said: str
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("greenjobs.cli.load_application", lambda name: declare_one())
+    monkeypatch.setattr("greenjobs.contrib.equipment.load_application", lambda name: declare_one())
     result = CliRunner().invoke(main, ["run", "--database-url", database.url, *arguments.split()])
     assert result.exit_code == 2
     line = result.stderr.splitlines()[-1]

@@ -23,7 +23,8 @@ import pytest
 from processes import Process
 from waiting import eventually
 
-from greenjobs import config, supervised, supervisor
+from greenjobs import config, memory
+from greenjobs import order as orders
 from greenjobs.errors import ConfigError
 
 APPLICATION = """
@@ -200,7 +201,7 @@ def fleet(
     ],
 )
 def test_supervisor_is_asked_for_by(line: str) -> None:
-    assert supervisor.order_in(line.split()) is not None
+    assert orders.order_in(line.split()) is not None
 
 
 @pytest.mark.parametrize(
@@ -220,12 +221,12 @@ def test_supervisor_is_asked_for_by(line: str) -> None:
     ],
 )
 def test_supervisor_is_not_asked_for_by(line: str) -> None:
-    assert supervisor.order_in(line.split()) is None
+    assert orders.order_in(line.split()) is None
 
 
 def test_supervisor_is_asked_for_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GREENJOBS_PROCESSES", "3")
-    order = supervisor.order_in(["run", "--until-empty"])
+    order = orders.order_in(["run", "--until-empty"])
     assert order is not None
     assert (order.settings.processes, order.until_empty, order.reload) == (3, True, False)
 
@@ -233,14 +234,14 @@ def test_supervisor_is_asked_for_by_the_environment(monkeypatch: pytest.MonkeyPa
 def test_supervisor_is_asked_for_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "setup.cfg").write_text("[greenjobs]\nmax_memory = 700\n")
     monkeypatch.chdir(tmp_path)
-    order = supervisor.order_in(["run"])
+    order = orders.order_in(["run"])
     assert order is not None
     assert order.settings.max_memory == 700
 
 
 def test_child_asks_for_no_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(supervisor.SUPERVISED, "1:3")
-    assert supervisor.order_in(["run", "--processes", "2"]) is None
+    monkeypatch.setenv(orders.SUPERVISED, "1:3")
+    assert orders.order_in(["run", "--processes", "2"]) is None
 
 
 def test_supervisor_loads_nothing_that_its_children_need() -> None:
@@ -270,9 +271,9 @@ def test_run_that_was_called_in_another_way_says_that_it_has_no_supervisor(tmp_p
 
 
 def test_memory_of_a_process_is_what_it_occupies() -> None:
-    before = supervised.resident_megabytes()
+    before = memory.resident_megabytes()
     block = b"x" * 100 * 2**20
-    assert 95 < supervised.resident_megabytes() - before < 150
+    assert 95 < memory.resident_megabytes() - before < 150
     del block
 
 
@@ -358,7 +359,7 @@ def test_child_whose_supervisor_is_gone_when_it_starts_ends_at_once(tmp_path: Pa
     code = f"""
 import os
 from greenjobs import config, supervised
-os.environ["{supervisor.SUPERVISED}"] = f"{{os.getpid()}}:{{os.pipe()[0]}}"
+os.environ["{orders.SUPERVISED}"] = f"{{os.getpid()}}:{{os.pipe()[0]}}"
 supervised.Line.open(config.load())
 print("open")
 """
@@ -375,7 +376,7 @@ if sys.platform == "linux":
         parent = f"""
 import os, signal, subprocess, sys
 pipe = os.pipe()
-environment = {{**os.environ, "{supervisor.SUPERVISED}": f"{{os.getpid()}}:{{pipe[0]}}"}}
+environment = {{**os.environ, "{orders.SUPERVISED}": f"{{os.getpid()}}:{{pipe[0]}}"}}
 child = "{child}; import signal; signal.pause()"
 print(subprocess.Popen([sys.executable, "-c", child], env=environment, pass_fds=pipe).pid, flush=True)
 signal.pause()

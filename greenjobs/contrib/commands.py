@@ -10,6 +10,9 @@ from typing import NoReturn
 
 import click
 
+ELSEWHERE = ("run", "doctor")
+"""The commands that run jobs, or say how they would run: in a process of their own."""
+
 
 def main() -> click.Group:
     """The command line of greenjobs.
@@ -22,11 +25,11 @@ def main() -> click.Group:
     return group
 
 
-def run_elsewhere(arguments: Sequence[str]) -> NoReturn:
-    """Become `greenjobs run` with these arguments, in a fresh interpreter.
+def run_elsewhere(name: str, arguments: Sequence[str]) -> NoReturn:
+    """Become the command of this name with these arguments, in a fresh interpreter.
 
     The command of the framework has imported the application, and much else, before gevent could patch any of it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "greenjobs", "run", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "greenjobs", name, *arguments])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from greenjobs.errors import ConfigError
-from greenjobs.loading import load_application
+from greenjobs.loading import load_application, name_of_application
 
 if TYPE_CHECKING:
     from greenjobs.runner import Runner, RunnerHandle
@@ -31,17 +31,31 @@ class Equipment(Protocol):
         """Warn of what does not fit."""
 
 
+@runtime_checkable
+class LendsConnections(Protocol):
+    """Equipment that knows how many connections to its own databases the application lends its jobs."""
+
+    def narrow_pools(self, jobs: int) -> list[str]:
+        """What is to be said of pools that lend fewer connections than so many jobs may want at a time."""
+
+
 def load(name: str | None) -> tuple[Any, list[Equipment]]:
     """The application of that name, or that the environment names; and what it has of greenjobs, once for each
     framework. Raises ConfigError, and whatever the application raises.
     """
-    if name is None and "FLASK_APP" not in os.environ and os.environ.get("DJANGO_SETTINGS_MODULE"):
-        found = _load_django()
-    else:
-        found = load_application(name)
+    found = _load_django() if _is_django(name) else load_application(name)
     rooms = [sys.modules[room] for room in _ROOMS if room in sys.modules]
     equipment = [each for room in rooms if (each := room.equipment_of(found, name or "")) is not None]
     return (equipment[-1].app if equipment else found), equipment
+
+
+def name_of(name: str | None) -> str | None:
+    """What `load` would load; None where nothing is named, and nothing of the kind found."""
+    return os.environ["DJANGO_SETTINGS_MODULE"] if _is_django(name) else name_of_application(name)
+
+
+def _is_django(name: str | None) -> bool:
+    return name is None and "FLASK_APP" not in os.environ and bool(os.environ.get("DJANGO_SETTINGS_MODULE"))
 
 
 def _load_django() -> Any:

@@ -113,8 +113,12 @@ class Equipment:
 
     def check(self, handle: RunnerHandle) -> None:
         """Warn when jobs may wait for one another's connections to the database of the application."""
-        share = handle.share
-        jobs = share.slots if share is not None else sum(worker.pool for worker in handle.workers.values())
+        for message in self.narrow_pools(handle.slots):
+            logger.warning("%s", message)
+
+    def narrow_pools(self, jobs: int) -> list[str]:
+        """What is to be said of engines whose pools lend fewer connections than so many jobs may want at a time."""
+        said = []
         with self.app.app_context():
             db = session_extension()
             engines = dict(db.engines) if db is not None else {}
@@ -122,12 +126,12 @@ class Equipment:
             most = _most_connections(bind.engine.pool)
             if most is not None and most < jobs:
                 where = f'SQLALCHEMY_BINDS["{key}"]' if key is not None else "SQLALCHEMY_ENGINE_OPTIONS"
-                logger.warning(
-                    "up to %s jobs run here at a time, and SQLAlchemy lends them %s connections (pool_size and "
-                    "max_overflow) of the engine %r: the others wait for one, for 30 s by default, and then fail; "
-                    'put "pool_size": %s into %s, or run fewer at a time (--pool)',
-                    *(jobs, most, key or "default", jobs, where),
+                said.append(
+                    f"up to {jobs} jobs run here at a time, and SQLAlchemy lends them {most} connections (pool_size "
+                    f"and max_overflow) of the engine {key or 'default'!r}: the others wait for one, for 30 s by "
+                    f'default, and then fail; put "pool_size": {jobs} into {where}, or run fewer at a time (--pool)'
                 )
+        return said
 
 
 def equipment_of(found: Any, name: str) -> Equipment | None:

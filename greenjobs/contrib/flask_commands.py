@@ -19,22 +19,22 @@ class _Commands(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         command = commands.main().get_command(context, name)
-        return command if name != "run" or command is None else _run_elsewhere(command)
+        return command if name not in commands.ELSEWHERE or command is None else _run_elsewhere(name, command)
 
 
 group = _Commands("greenjobs", help="Background jobs: run them, look at them, bring their tables up to date.")
 
 
-def _run_elsewhere(command: click.Command) -> click.Command:
+def _run_elsewhere(name: str, command: click.Command) -> click.Command:
     @click.pass_context
     def run(context: click.Context) -> None:
         arguments = list(context.args)
         if not any(word == "--app" or word.startswith("--app=") for word in arguments):
             arguments = ["--app", _application_name(context), *arguments]
-        commands.run_elsewhere(arguments)
+        commands.run_elsewhere(name, arguments)
 
     return click.Command(
-        "run",
+        name,
         callback=run,
         short_help=command.get_short_help_str(),
         add_help_option=False,
@@ -51,7 +51,7 @@ def _application_name(context: click.Context) -> str:
         return name
     if info is not None and info.create_app is not None:
         raise click.UsageError(
-            "this command was given its application as an object, and a runner needs a fresh interpreter that can "
+            "this command was given its application as an object, and jobs need a fresh interpreter that can "
             "import it; name it, as in --app 'myapp:create_app()', or type `greenjobs run --app …`"
         )
     return next((file for file in ("wsgi.py", "app.py") if Path(file).is_file()), "app.py")

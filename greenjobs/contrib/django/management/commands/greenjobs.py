@@ -33,8 +33,8 @@ class Command(BaseCommand):  # type: ignore[misc]  # without stubs Django's clas
         parser.add_argument("--pythonpath")
         given, words = parser.parse_known_args(argv[2:])
         handle_default_options(given)
-        if words[:1] == ["run"]:
-            _run(words[1:], folders=[given.pythonpath, _folder_of(argv[0])])
+        if words and words[0] in commands.ELSEWHERE:
+            _run(words, folders=[given.pythonpath, _folder_of(argv[0])])
         try:
             commands.main().main(words, prog_name=f"{os.path.basename(argv[0])} {argv[1]}")
         finally:
@@ -43,8 +43,10 @@ class Command(BaseCommand):  # type: ignore[misc]  # without stubs Django's clas
     def handle(self, *args: Any, words: Sequence[str] = (), **options: Any) -> None:
         """As called by call_command: errors are a CommandError."""
         words = [*map(str, args), *words]
-        if words[:1] == ["run"]:
-            raise CommandError("`greenjobs run` needs a process of its own; type it, or start it as a subprocess")
+        if words and words[0] in commands.ELSEWHERE:
+            raise CommandError(
+                f"`greenjobs {words[0]}` needs a process of its own; type it, or start it as a subprocess"
+            )
         try:
             commands.main().main(words, prog_name="greenjobs", standalone_mode=False)
         except click.ClickException as error:
@@ -55,15 +57,15 @@ class Command(BaseCommand):  # type: ignore[misc]  # without stubs Django's clas
                 raise CommandError(f"greenjobs {' '.join(words[:1])} ended with {status}", returncode=status) from None
 
 
-def _run(arguments: list[str], *, folders: Sequence[str | None]) -> None:
-    """Become a runner of this project, which finds it as this process did, wherever the command was typed."""
+def _run(words: list[str], *, folders: Sequence[str | None]) -> None:
+    """Become a command of this project, which finds it as this process did, wherever the command was typed."""
     known = os.environ.get("PYTHONPATH")
     path = [folder for folder in folders if folder] + ([known] if known else [])
     if path:
         os.environ["PYTHONPATH"] = os.pathsep.join(path)
     # What the environment of a shell may name, and this is not about.
     os.environ.pop("FLASK_APP", None)
-    commands.run_elsewhere(arguments)
+    commands.run_elsewhere(words[0], words[1:])
 
 
 def _folder_of(script: str) -> str | None:

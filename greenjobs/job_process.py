@@ -1,0 +1,298 @@
+"""A process that runs jobs for a runner, one after the other: what is at the other end of greenjobs.processes.
+
+Nothing is patched here, unless the application does it: the main thread runs the jobs, a second thread hears what the
+runner says. An error that is to be raised in a job goes by a signal to the main thread, whose handler raises it: that
+ends waits of the interpreter as well. A statement that PostgreSQL is at is cancelled on the server, whosever connection
+it is. The end of the line is that of the runner, and so of this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import json
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextvars import Context
+from typing import Any, NoReturn, cast
+
+from greenjobs import companions, config, errors, logs, pool, surroundings
+from greenjobs.cli_options import configure
+from greenjobs.contrib import equipment
+from greenjobs.current import Attempt, Place, enter_attempt
+from greenjobs.error_record import error_record
+from greenjobs.errors import GreenjobsError
+from greenjobs.frames import pack, unpack
+from greenjobs.job import Job, find_job
+from greenjobs.keeping import keep_seconds
+from greenjobs.memory import resident_megabytes
+from greenjobs.policy import judge
+from greenjobs.progress import Report
+from greenjobs.storage import ClaimedJob
+from greenjobs.supervisor import EXIT_MISTAKE
+from greenjobs.surroundings import Surrounding, call_within
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+# Nobody uses it, and who does not handle it does not notice it.
+_WAKE = signal.SIGURG
+
+# The main thread, unless it is in C code that does not let it, has heard of an error after this.
+_HEARING_SECONDS = 0.2
+
+# As the runner's own Reporter has it.
+_PAUSE_SECONDS = 1.0
+
+
+def main(line: str) -> None:
+    """Serve the runner whose "PID:FD" this is, FD being this process's end of the line."""
+    parent, fd = (int(part) for part in line.split(":"))
+    os.set_inheritable(fd, False)
+    _end_with(parent)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # It is for the runner to say when. Not ignored, which the programs that jobs start would inherit.
+        signal.signal(number, lambda *_: None)
+    faulthandler.enable(all_threads=False)
+    faulthandler.register(signal.SIGQUIT, all_threads=False)
+    connection = socket.socket(fileno=fd)
+    connection.setblocking(True)  # those of gevent are not
+    hello = unpack(connection.recv)
+    if hello is not None:
+        made, around = _load(hello)
+        JobProcess(connection, made, around, hello["runner_name"]).serve()
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel end this process when the runner ends, even while a job holds the interpreter; now, if it has."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
+    """The application, and what surrounds its jobs; exits when it cannot be loaded, having said why."""
+    try:
+        configure(hello["settings"], loads_application=True)
+        found, equipped = equipment.load(hello["application"] or None)
+    except GreenjobsError as error:
+        sys.stderr.write(f"greenjobs: {error}\n")
+        sys.exit(EXIT_MISTAKE)
+    except Exception:  # the application's own mistake: its traceback says where
+        traceback.print_exc()
+        sys.exit(EXIT_MISTAKE)
+    logs.settle()
+    logs.note_runner(hello["runner_name"])
+    around = _Around()
+    for each in equipped:
+        each.adopt()
+        each.equip(cast("Any", around))
+    companions.meet(runs_jobs=True)
+    return found, (*surroundings.everywhere, *around.surroundings)
+
+
+class _Around:
+    """Takes the place of the runner where an application says what is around its jobs."""
+
+    def __init__(self) -> None:
+        self.surroundings: list[Surrounding] = []
+
+    def surround(self, make: Surrounding) -> None:
+        """As Runner.surround."""
+        self.surroundings.append(make)
+
+
+class JobProcess:
+    """Serves one runner over this connection; `context` is what its jobs have as current_job.context."""
+
+    def __init__(
+        self, connection: socket.socket, context: Any, around: tuple[Surrounding, ...], runner_name: str
+    ) -> None:
+        self._connection = connection
+        self._context = context
+        self._surroundings = around
+        self._runner_name = runner_name
+        self._orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._sending = threading.Lock()
+        self._inside: list[int] | None = None
+        """Whose function runs at this moment: the id and the claim of the job."""
+        self._to_raise: tuple[list[int], BaseException] | None = None
+        self._relay = _Relay(self._say)
+
+    def serve(self) -> None:
+        """Run what the runner says, until it hangs up."""
+        signal.signal(_WAKE, self._raise_it)
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._say({"what": "up"})
+        while (order := self._orders.get()) is not None:
+            self._say({"what": "begun", "id": order["row"][0]})
+            self._say(Context().run(self._run, order))
+
+    # --- the line -----------------------------------------------------------------------------------------------------
+
+    def _say(self, message: Mapping[str, Any]) -> None:
+        with self._sending, contextlib.suppress(OSError):  # the runner is gone, which the other thread hears
+            self._connection.sendall(pack(message))
+
+    def _listen(self) -> None:
+        while message := unpack(self._connection.recv):
+            if message["do"] == "run":
+                self._orders.put(message)
+            else:
+                error = getattr(errors, message["error"], errors.JobInterrupted)(message["text"])
+                self._to_raise = told = (message["claim"], error)
+                signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+                threading.Thread(target=self._insist, args=(told,), daemon=True).start()
+        if self._inside is not None:  # what it runs is somebody else's by now, or will be
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._orders.put(None)
+
+    # --- ending a job from outside ------------------------------------------------------------------------------------
+
+    def _raise_it(self, *_: Any) -> None:
+        """The handler of the signal, in the main thread, wherever that is."""
+        told = self._to_raise
+        if told is not None and told[0] == self._inside:
+            self._to_raise = None
+            raise told[1]
+
+    def _insist(self, told: tuple[list[int], BaseException]) -> None:
+        time.sleep(_HEARING_SECONDS)
+        if self._to_raise is told and "psycopg2" in sys.modules:
+            _cancel_statements()
+
+    # --- one attempt --------------------------------------------------------------------------------------------------
+
+    def _run(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        row = ClaimedJob(*order["row"])
+        settings = config.current()
+        ended = {"what": "ended", "id": row.id, "completed": False, "error": None, "result": None, "verdict": None}
+        try:
+            job = find_job(row.job_type)
+        except GreenjobsError as error:  # the runner judges it, who knows the job
+            ended |= {"error": _described(error), "record": None}
+            return {**ended, "megabytes": resident_megabytes()}
+        place = Place(
+            order["queue"],
+            self._context,
+            pool.shared_pool(settings, settings.require_database_url()),
+            runner_ids=order["runner_ids"],
+            recorder=self._relay,
+            surroundings=self._surroundings,
+        )
+        attempt = Attempt(job, row, place, None)
+        enter_attempt(attempt)
+        attempt.started = time.perf_counter()
+        try:
+            value = self._call(job, attempt)
+            if attempt.completion is not None:
+                attempt.completion.end()
+        except BaseException as error:  # a job may raise anything
+            error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+            ended |= self._raised(job, attempt, error)
+        else:
+            if job.results is not None and keep_seconds(job.keep, row.options):
+                ended["result"] = job.results.encode(value, max_bytes=settings.max_payload_bytes)
+        ended["completed"] = attempt.completion is not None
+        if attempt.report is not None:
+            attempt.report.end(stays=False)
+            self._relay.pass_on(attempt.report)
+        return {**ended, "megabytes": resident_megabytes()}
+
+    def _call(self, job: Job[Any, Any], attempt: Attempt) -> Any:
+        args, kwargs = job.codec.decode(attempt.row.data)
+        self._inside = [attempt.row.id, attempt.row.attempt]
+        try:
+            self._raise_it()  # what came before the job had begun
+            return call_within(self._surroundings, job.function, args, kwargs)
+        finally:
+            self._inside = None
+
+    def _raised(self, job: Job[Any, Any], attempt: Attempt, error: BaseException) -> dict[str, Any]:
+        """What the runner has to know of the error; judged here, where its class is known, and the job's backoff."""
+        if attempt.completion is not None and not attempt.completion.is_committed:
+            attempt.completion.abandon()
+            attempt.completion = None
+        verdict = judge(job.policy, error, failures=attempt.row.retries + 1, max_retries=attempt.max_retries)
+        return {
+            "error": _described(error),
+            "record": error_record(error, attempt.number, self._runner_name),
+            "verdict": (verdict.outcome, verdict.retry_in),
+        }
+
+
+class _Relay:
+    """Passes on what the job says of itself, about once a second."""
+
+    def __init__(self, say: Callable[[Mapping[str, Any]], None]) -> None:
+        self._say = say
+        self._expected: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._passing = threading.Lock()
+        threading.Thread(target=self._pass_on_for_ever, daemon=True).start()
+
+    def expect(self, report: Report) -> None:
+        """There are news in this report; returns at once."""
+        self._expected.put(report)
+
+    def finish(self, report: Report) -> None:
+        """Its attempt has ended: what is left is passed on before the outcome."""
+
+    def pass_on(self, report: Report) -> None:
+        """Say what there is to say."""
+        with self._passing:  # else older news might come after newer ones
+            if report.is_news:
+                self._say({"what": "said", "id": report.id, "document": report.take()})
+
+    def _pass_on_for_ever(self) -> NoReturn:
+        while True:
+            report = self._expected.get()
+            report.is_expected = False
+            self.pass_on(report)
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    """The error, as far as JSON has it, for one like it to be made in the runner."""
+    kind = type(error)
+    try:
+        text, trace = str(error), "".join(traceback.format_exception(error))
+    except Exception:  # its own __str__ may fail
+        text, trace = "", "".join(traceback.format_tb(error.__traceback__))
+    return {
+        "module": kind.__module__,
+        "type": kind.__qualname__,
+        "message": text,
+        "traceback": trace,
+        "args": [each if _is_plain(each) else repr(each) for each in error.args],
+        "state": {name: value for name, value in vars(error).items() if _is_plain(value)},
+    }
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except Exception:  # also a value that fails while it is looked at
+        return False
+    return True
+
+
+def _cancel_statements() -> None:
+    """End the statements that the server is at for this process, which keep its main thread in C code."""
+    import psycopg2
+    from psycopg2 import extensions
+
+    for found in gc.get_objects():
+        if isinstance(found, extensions.connection) and not found.closed:
+            with contextlib.suppress(psycopg2.Error):
+                if found.info.transaction_status == extensions.TRANSACTION_STATUS_ACTIVE:
+                    found.cancel()

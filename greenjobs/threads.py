@@ -1,0 +1,257 @@
+"""Jobs in native threads, each with an event loop of its own: whoever computes, or waits in C code, holds only that.
+
+The standard library is as cooperative there as everywhere in the process, and waits in the thread's own loop. So a job
+that waits is interrupted as one in a greenlet is: the error is thrown into its greenlet, by its own loop. One that
+computes has the error raised by the interpreter, at its next line of Python.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import ctypes
+import functools
+import os
+import sys
+from collections import deque
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import gevent
+from gevent.hub import Waiter
+from gevent.monkey import get_original
+
+from greenjobs.annex import Annex, Surroundings
+from greenjobs.elsewhere import ElsewhereCall
+from greenjobs.surroundings import call_within
+
+if TYPE_CHECKING:
+    from greenlet import greenlet
+
+    from greenjobs.current import Attempt
+
+# As concurrent.futures has it: enough for jobs that wait in C code, and few enough that the event loop, which needs the
+# interpreter lock as well, gets it in time.
+_MOST_THREADS = 32
+_MORE_THAN_CORES = 4
+
+# A job that waits hears within a turn of its loop; one that has not after this computes.
+_HEARING_SECONDS = 0.1
+
+_get_ident: Callable[[], int] = get_original("_thread", "get_ident")
+_start_thread = get_original("_thread", "start_new_thread")
+_allocate_lock = get_original("_thread", "allocate_lock")
+
+
+def default_size() -> int:
+    """How many threads, where the settings do not say."""
+    return min(_MOST_THREADS, (os.cpu_count() or 1) + _MORE_THAN_CORES)
+
+
+class Threads(Annex):
+    """The threads of a runner. They are started when they are needed, and wait for the next job then."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._idle: list[_Thread] = []
+        self._is_closed = False
+
+    def call(self, attempt: Attempt, surroundings: Surroundings) -> ElsewhereCall:
+        """As in every annex; a payload that does not fit raises here."""
+        job: Any = attempt.job
+        args, kwargs = job.codec.decode(attempt.row.data)
+        function = functools.partial(call_within, surroundings, job.function, args, kwargs)
+        thread = self._idle.pop() if self._idle else _Thread()
+        carrier = attempt.greenlet
+        call = _ThreadCall(attempt, function, thread, self._take_back)
+        attempt.elsewhere = call
+        thread.tell(thread.begin, call)
+        try:
+            call.wait()
+        finally:
+            attempt.greenlet = carrier
+        return call
+
+    def close(self) -> None:
+        """End the idle threads; the others end with their jobs, and keep no process from ending."""
+        self._is_closed = True
+        while self._idle:
+            self._idle.pop().stop()
+
+    def _take_back(self, call: _ThreadCall) -> None:
+        if self._is_closed:
+            call.thread.stop()
+        else:
+            self._idle.append(call.thread)
+        call.end()
+
+
+class _ThreadCall(ElsewhereCall):
+    """`on_end` is called in the event loop when the function has ended."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        function: Callable[[], Any],
+        thread: _Thread,
+        on_end: Callable[[_ThreadCall], None],
+    ) -> None:
+        super().__init__()
+        self.attempt = attempt
+        self.thread = thread
+        self._function = function
+        self._context = contextvars.copy_context()
+        self._on_end = on_end
+        self._loop = gevent.get_hub().loop
+        self._greenlet: greenlet | None = None
+        # Between the end of the function and an error that is on its way from another thread.
+        self._lock = _allocate_lock()
+        self._has_ended = False
+        self._told: set[int] = set()
+        self._early: BaseException | None = None
+
+    # --- in the event loop --------------------------------------------------------------------------------------------
+
+    def interrupt(self, error: BaseException) -> None:
+        """In its own loop if it waits there; else, soon after, wherever it computes."""
+        self.thread.tell(self._raise_where_it_waits, error)
+        gevent.get_hub().loop.timer(_HEARING_SECONDS, ref=False).start(self._raise_where_it_computes, error)
+
+    def _raise_where_it_computes(self, error: BaseException) -> None:
+        with self._lock:
+            if not self._has_ended and id(error) not in self._told and self._greenlet is not None:
+                self._told.add(id(error))
+                _raise_in_thread(self.thread.ident, _raising(error))
+
+    def frame(self) -> FrameType | None:
+        """That of its greenlet, or of the thread, while it computes."""
+        if self._greenlet is None:
+            return None
+        return self._greenlet.gr_frame or sys._current_frames().get(self.thread.ident)
+
+    # --- in the thread ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Call the function, in a greenlet of the thread's loop."""
+        try:
+            self._run()
+        except BaseException as error:  # what was raised from another thread, in the moment after the end
+            self.error = error
+        while not self._has_ended:
+            try:
+                self._close()
+            except BaseException as error:
+                self.error = error
+        self.error = self.error and _original(self.error)
+        self._loop.run_callback_threadsafe(self._on_end, self)
+
+    def _run(self) -> None:
+        self._greenlet = self.attempt.greenlet = gevent.getcurrent()
+        try:
+            if self._early is not None:
+                raise self._early
+            self.value = self._context.run(self._function)
+        except BaseException as error:  # a job may raise anything
+            trace = error.__traceback__ and error.__traceback__.tb_next
+            self.error = error.with_traceback(trace)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """From here on nothing is raised from another thread, nor is what was about to be."""
+        with self._lock:
+            self._has_ended = True
+            _raise_in_thread(self.thread.ident, None)
+
+    def _raise_where_it_waits(self, error: BaseException) -> None:
+        """In the hub of the thread."""
+        with self._lock:
+            if self._has_ended or id(error) in self._told:
+                return
+            self._told.add(id(error))
+            if self._greenlet is None:
+                self._early = error
+                return
+        self._greenlet.throw(error)
+
+    def throw_stray(self, error: BaseException) -> bool:
+        """The job began to wait just when the error was raised, so that it came out in the hub: pass it on."""
+        if self._greenlet is None or self._has_ended or not hasattr(error, "original"):
+            return False
+        self._greenlet.throw(error)
+        return True
+
+
+class _Thread:
+    """A native thread with a loop, which is told what to do."""
+
+    def __init__(self) -> None:
+        self.ident = 0
+        self._mail: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._bell: Any = None
+        self._call: _ThreadCall | None = None
+        _start_thread(self._live, ())
+
+    def tell(self, do: Callable[..., None], *args: Any) -> None:
+        """Have this done in the hub of the thread, as soon as it is in there. From any thread; returns at once."""
+        self._mail.append((do, args))
+        if self._bell is not None:
+            self._bell.send()
+
+    def begin(self, call: _ThreadCall) -> None:
+        """Run this call; in the hub of the thread."""
+        self._call = call
+        gevent.Greenlet(call.run).start()
+
+    def stop(self) -> None:
+        """End when nothing runs in it. From any thread; returns at once."""
+        self.tell(lambda: self._end.switch(None))
+
+    def _live(self) -> None:
+        self.ident = _get_ident()
+        hub = gevent.get_hub()
+        self._end: Waiter[None] = Waiter(hub)
+        bell = hub.loop.async_()
+        bell.start(self._read_mail)
+        self._bell = bell
+        # What was sent before there was a bell.
+        bell.send()
+        self._end.get()
+        self._bell = None
+        bell.close()
+        hub.destroy(destroy_loop=True)
+
+    def _read_mail(self) -> None:
+        while self._mail:
+            do, args = self._mail.popleft()
+            try:
+                do(*args)
+            except BaseException as error:
+                if self._call is None or not self._call.throw_stray(error):
+                    raise
+
+
+# --- raising in another thread ----------------------------------------------------------------------------------------
+
+
+def _raise_in_thread(ident: int, error_type: type[BaseException] | None) -> None:
+    """Have it raised at the thread's next line of Python; None: not, if it was not raised yet."""
+    set_async = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    set_async(ctypes.c_ulong(ident), None if error_type is None else ctypes.py_object(error_type))
+
+
+def _raising(error: BaseException) -> type[BaseException]:
+    """A type that can be raised in place of the error: the interpreter takes no instance there."""
+    kind = type(error)
+
+    def __init__(self: BaseException) -> None:
+        kind.__init__(self, *error.args)
+
+    body = {"__init__": __init__, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "original": error}
+    return type(kind.__name__, (kind,), body)
+
+
+def _original(error: BaseException) -> BaseException:
+    """The error in place of which this one was raised, if that is so."""
+    original: BaseException | None = getattr(type(error), "original", None)
+    return error if original is None else original.with_traceback(error.__traceback__)

@@ -1,0 +1,326 @@
+"""Who holds the event loop is named, with the stack it stood in; and how late the loop is, is measured."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import sys
+import time
+from collections.abc import Iterator
+
+import gevent
+import pytest
+import running
+from gevent.monkey import get_original
+from waiting import eventually
+
+import greenjobs
+from greenjobs import events, job, watchdog
+from greenjobs.job import registered_jobs
+from greenjobs.runner import Runner, RunnerHandle
+
+native_sleep = get_original("time", "sleep")
+native_ident = get_original("_thread", "get_ident")
+
+HERE = native_ident()
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[running.Database]:
+    with running.application(database_url, max_retries=0, max_blocking=0.1) as database:
+        yield database
+
+
+@pytest.fixture
+def seen() -> Iterator[list[events.LoopHeld]]:
+    """The events of this test."""
+    seen: list[events.LoopHeld] = []
+    events.subscribe(seen.append, events.LoopHeld)
+    yield seen
+    events.unsubscribe(seen.append, events.LoopHeld)
+
+
+@contextlib.contextmanager
+def at_work() -> Iterator[RunnerHandle]:
+    with running.started(Runner().register(*registered_jobs().values())) as handle:
+        yield handle
+
+
+def of(job_type: str | None, seen: list[events.LoopHeld]) -> list[events.LoopHeld]:
+    """Those of a job type. On a busy machine there may be others, of whoever did not get the processor."""
+    return [each for each in seen if each.job_type == job_type]
+
+
+def wait_for(job_type: str | None, seen: list[events.LoopHeld], count: int = 1) -> events.LoopHeld:
+    eventually(lambda: len(of(job_type, seen)) >= count, f"{count} × {job_type}", seconds=running.PATIENCE_SECONDS)
+    return of(job_type, seen)[-1]
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name == "greenjobs.watchdog"]
+
+
+def hold() -> None:
+    native_sleep(0.4)  # the line that the stack shows
+
+
+def test_event_names_the_job_and_where_it_stood(database: running.Database, seen: list[events.LoopHeld]) -> None:
+    @job(queue="slow")
+    def block() -> None:
+        hold()
+
+    id = block.delay().id
+    with at_work():
+        held = wait_for("block", seen)
+    assert (held.job_type, held.id, held.queue) == ("block", id, "slow")
+    assert "native_sleep(0.4)  # the line that the stack shows" in held.stack
+    assert held.seconds > 0.3
+
+
+def test_stack_begins_with_the_function_of_the_job(database: running.Database, seen: list[events.LoopHeld]) -> None:
+    @job
+    def block() -> None:
+        hold()
+
+    block.delay()
+    with at_work():
+        held = wait_for("block", seen)
+    assert held.stack.splitlines()[0].endswith("in block")
+
+
+def test_it_is_logged_while_it_is_held_and_when_it_ends(
+    database: running.Database, seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture
+) -> None:
+    logged_meanwhile: list[bool] = []
+
+    @job
+    def block() -> None:
+        deadline = time.monotonic() + running.PATIENCE_SECONDS
+        while not lines(caplog) and time.monotonic() < deadline:
+            native_sleep(0.01)
+        logged_meanwhile.append(bool(lines(caplog)))
+
+    id = block.delay().id
+    with at_work():
+        wait_for("block", seen)
+    assert logged_meanwhile == [True]
+    first, second = [record for record in lines(caplog) if getattr(record, "job_id", None) == id]
+    assert f"job {id} (block) has held the event loop for 0." in first.getMessage()
+    assert "native_sleep(0.01)" in first.getMessage()
+    assert f"job {id} (block) let go of the event loop after 0." in second.getMessage()
+    assert (first.levelname, first.job_type, first.queue, first.attempt) == ("WARNING", "block", "default", 1)  # type: ignore[attr-defined]
+
+
+def test_reports_of_a_job_type_are_few_and_all_are_counted(
+    database: running.Database, seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture
+) -> None:
+    @job
+    def block() -> None:
+        hold()
+
+    block.delay_many([()] * 3)
+    with at_work() as handle:
+        wait_for("block", seen, count=3)
+        assert handle.loop.held["block"] == 3
+    assert len([record for record in lines(caplog) if "has held" in record.getMessage()]) == 1
+
+
+def test_next_report_says_how_many_were_left_out(
+    database: running.Database,
+    seen: list[events.LoopHeld],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @job
+    def block() -> None:
+        hold()
+
+    with at_work() as handle:
+        block.delay_many([()] * 3)
+        wait_for("block", seen, count=3)
+        handle.loop._quiet["block"] = (0.0, handle.loop._quiet["block"][1])
+        block.delay()
+        wait_for("block", seen, count=4)
+    assert "(2 more times since the last line like this)" in caplog.text
+
+
+def test_code_of_no_job_is_reported_as_such(database: running.Database, seen: list[events.LoopHeld]) -> None:
+    @job
+    def innocent() -> None: ...
+
+    with at_work():
+        innocent.delay()
+        gevent.spawn(hold)
+        held = wait_for(None, seen)
+    assert held.id is None
+    assert "native_sleep(0.4)" in held.stack
+
+
+def test_c_code_that_keeps_the_interpreter_lock_is_found_out_afterwards(
+    database: running.Database, seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture
+) -> None:
+    @job
+    def block() -> None:
+        ctypes.PyDLL(None).usleep(400_000)
+
+    block.delay()
+    with at_work():
+        held = wait_for(None, seen)
+    assert (held.stack, held.id) == ("", None)
+    assert "it cannot be said by which job: C code that lets no thread" in caplog.text
+
+
+def test_each_of_those_that_hold_it_one_after_the_other_is_named(
+    database: running.Database, seen: list[events.LoopHeld]
+) -> None:
+    """The loop has no turn in between."""
+
+    @job
+    def block() -> None:
+        hold()
+
+    block.delay_many([()] * 2)
+    with at_work():
+        wait_for("block", seen, count=2)
+    assert len({each.id for each in seen}) == 2
+    assert all(each.seconds > 0.3 for each in seen)
+
+
+def test_many_short_ones_are_not_blamed_on_one(
+    database: running.Database, seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture
+) -> None:
+    @job
+    def be_short() -> None:
+        native_sleep(0.02)
+
+    be_short.delay_many([()] * 30)
+    with at_work():
+        wait_for(None, seen)
+    assert of("be_short", seen) == []
+    assert "several jobs one after the other" in caplog.text
+
+
+def test_jobs_that_wait_hold_nothing(database: running.Database, seen: list[events.LoopHeld]) -> None:
+    @job
+    def wait() -> None:
+        time.sleep(0.5)
+        with greenjobs.connection() as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT pg_sleep(0.5)")
+
+    wait.delay()
+    running.work_off(wait)
+    assert of("wait", seen) == []
+
+
+def test_handlers_are_called_in_the_thread_of_the_loop(database: running.Database, seen: list[events.LoopHeld]) -> None:
+    threads: list[int] = []
+
+    @job
+    def block() -> None:
+        hold()
+
+    def note(event: events.LoopHeld) -> None:
+        threads.append(native_ident())
+
+    events.subscribe(note, events.LoopHeld)
+    block.delay()
+    with at_work():
+        wait_for("block", seen)
+    events.unsubscribe(note, events.LoopHeld)
+    assert set(threads) == {HERE}
+
+
+def test_lag_is_measured_also_from_another_thread_while_the_loop_is_held(
+    database: running.Database, seen: list[events.LoopHeld]
+) -> None:
+    lags: list[float] = []
+
+    @job
+    def block() -> None:
+        get_original("_thread", "start_new_thread")(look, ())
+        hold()
+
+    def look() -> None:
+        native_sleep(0.3)
+        lags.append(handle.loop.lag)
+
+    block.delay()
+    with at_work() as handle:
+        wait_for("block", seen)
+        assert handle.loop.max_lag > 0.2
+    assert lags[0] > 0.1
+
+
+def test_with_0_it_measures_and_reports_nothing(database: running.Database, seen: list[events.LoopHeld]) -> None:
+    greenjobs.configure(database_url=database.url, max_blocking=0)
+
+    @job
+    def block() -> None:
+        native_sleep(0.6)
+
+    block.delay()
+    with at_work() as handle:
+        eventually(lambda: handle.loop.max_lag > 0.2, "no lag", seconds=running.PATIENCE_SECONDS)
+    assert seen == []
+
+
+def test_stack_is_never_empty_where_something_was_seen() -> None:
+    """A job may stand in C code that the executor calls."""
+    here = sys._getframe()
+    lines = watchdog._stack_below(here, here).splitlines()
+    assert "in test_stack_is_never_empty_where_something_was_seen" in lines[0]
+    assert len(lines) == 2
+
+
+def test_peaks_are_those_of_the_last_minute_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    dog = watchdog.Watchdog(0.5, find=lambda frame: None, on_held=lambda job_type: None)
+    now = time.perf_counter()
+    for age, lag in ((61, 9.0), (50, 3.0), (40, 1.0), (30, 2.0), (0, 0.1)):
+        dog._note_peak(now - age, lag)
+    assert dog.max_lag == 3.0
+    assert [lag for _, lag in dog._peaks] == [3.0, 2.0, 0.1]
+
+
+# --- on_blocking ------------------------------------------------------------------------------------------------------
+
+
+def where(ran: list[bool]) -> None:
+    ran.append(native_ident() == HERE)
+    native_sleep(0.3)
+
+
+def test_repeat_offender_is_moved_to_threads(
+    database: running.Database, seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture
+) -> None:
+    ran: list[bool] = []
+
+    @job(on_blocking="thread", aliases=["block_before"])
+    def block() -> None:
+        where(ran)
+
+    with at_work():
+        for count in (1, 2, 3):
+            block.delay()
+            wait_for("block", seen, count=count)
+        block.delay_many([()] * 2)
+        eventually(lambda: len(ran) == 5, "not run", seconds=running.PATIENCE_SECONDS)
+    assert ran == [True, True, True, False, False]
+    assert (
+        caplog.text.count("jobs of the type block have held the event loop 3 times: they run in threads from now") == 1
+    )
+    assert database.count() == 0
+
+
+def test_who_does_not_ask_for_it_is_not_moved(database: running.Database, seen: list[events.LoopHeld]) -> None:
+    ran: list[bool] = []
+
+    @job
+    def block() -> None:
+        where(ran)
+
+    with at_work():
+        for count in (1, 2, 3, 4):
+            block.delay()
+            wait_for("block", seen, count=count)
+    assert ran == [True] * 4
