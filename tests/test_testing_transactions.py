@@ -279,6 +279,35 @@ def test_session_that_begins_and_goes_on_beyond_the_block_does_no_harm(database:
     assert database.column("SELECT text FROM notes") == []
 
 
+def test_end_of_the_test_inside_of_a_block_gives_the_job_back(connection: Any) -> None:
+    @job
+    def work() -> None:
+        with current_job.transaction() as own:
+            note(own, "never")
+            pytest.fail("the test ends here")
+
+    work.delay()
+    with pytest.raises(pytest.fail.Exception):
+        testing.drain()
+    assert notes(connection) == []
+    assert [enqueued.state for enqueued in testing.enqueued_jobs()] == ["available"]
+
+
+def test_job_that_commits_the_connection_of_the_test_inside_of_a_block_is_told_on(database: Database) -> None:
+    with contextlib.closing(psycopg2.connect(database.url)) as connection, testing.using(connection):
+
+        @job
+        def work(complete: bool) -> None:
+            with current_job.transaction() if complete else greenjobs.connection() as own, own.cursor() as cursor:
+                cursor.execute("SELECT")
+                cursor.connection.commit()
+
+        for complete in (True, False):
+            work.delay(complete)
+            with pytest.raises(testing.DrainError, match="committed or rolled back the transaction"):
+                testing.drain()
+
+
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from greenjobs import config, current, events, lending, surroundings
 from greenjobs.call import Call
@@ -19,9 +19,6 @@ from greenjobs.job import Job
 from greenjobs.policy import Verdict, judge
 from greenjobs.storage import ClaimedJob, NewJobs
 from greenjobs.testing.records import describe_call, readable_arguments, require_no_clash
-
-if TYPE_CHECKING:
-    from greenjobs.lending import JobPool
 
 # What is not in a database has an id all the same, one that no row of a test's database has.
 _ids = itertools.count(9_000_000_000_001)
@@ -93,23 +90,18 @@ def perform(
     return ran
 
 
-def run_attempt(
-    job: Job[..., Any], row: ClaimedJob, queue: str, context: Any, *, runner_ids: Sequence[int] = ()
-) -> Ran:
-    """Run this attempt, in a context of its own, and tell whom it may concern; writes nothing.
-
-    It is surrounded as in a runner of the application that is active here, or of the one that was set up last.
-    `runner_ids` are those that may have claimed it: none where it is not stored. Timeouts are not enforced: only a
-    runner can interrupt a job. What ends the test and not the job, such as KeyboardInterrupt and pytest's own, is
-    raised.
-    """
-    return make(new_attempt(job, row, queue, context, runner_ids=runner_ids))
+def run_attempt(job: Job[..., Any], row: ClaimedJob, queue: str, context: Any) -> Ran:
+    """Make an attempt of a job that is nowhere stored; see `make`."""
+    return make(new_attempt(job, row, queue, context))
 
 
 def new_attempt(
     job: Job[..., Any], row: ClaimedJob, queue: str, context: Any, *, runner_ids: Sequence[int] = ()
 ) -> Attempt:
-    """The attempt that `run_attempt` makes."""
+    """An attempt, surrounded as in a runner of the application that is active here, or of the one that was set up last.
+
+    `runner_ids` are those that may have claimed it: none where it is not stored.
+    """
     of_application = surroundings.of_application
     around = (*surroundings.everywhere, *(of_application() if of_application is not None else ()))
     place = Place(queue, context, cast("Any", AMBIENT), runner_ids, surroundings=around, lends=_job_pool)
@@ -117,7 +109,11 @@ def new_attempt(
 
 
 def make(attempt: Attempt) -> Ran:
-    """Make it, as `run_attempt` does."""
+    """Make it, in a context of its own, and tell whom it may concern; writes nothing.
+
+    Timeouts are not enforced: only a runner can interrupt a job. What ends the test and not the job, such as
+    KeyboardInterrupt and pytest's own, is raised.
+    """
     return Context().run(_run, attempt)
 
 
@@ -206,7 +202,7 @@ class _Ambient:
         return pool.shared_pool(settings).connection()
 
 
-def _job_pool() -> JobPool:
+def _job_pool() -> lending.JobPool:
     settings = config.current()
     return lending.job_pool(settings) if current.stage is None else current.stage.job_pool(settings)
 

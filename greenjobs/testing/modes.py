@@ -62,11 +62,12 @@ class _Stage:
 def _store(job: Job[..., Any], new: NewJobs, given: Any) -> list[JobHandle]:
     """Enqueue as outside of tests, but for the clock; in one statement, however many they are."""
     new, settings, test = _by_the_clock(new), config.current(), joined()
-    if test is not None and new.run_at is None and new.delay_seconds:
+    named = None if given is None else pool.raw_connection(given)
+    if test is not None and new.run_at is None and new.delay_seconds and (named is None or test.is_behind(named)):
         new = new._replace(delay_seconds=new.delay_seconds + test.elapsed_seconds())
     with tables_needed():
-        if given is not None:
-            enqueued = storage.enqueue_inside(pool.raw_connection(given), [new])
+        if named is not None:
+            enqueued = storage.enqueue_inside(named, [new])
         else:
             with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
                 enqueued = storage.enqueue(connection, [new])
@@ -284,6 +285,10 @@ class _Joined(_Stage):
 
     def enqueue(self, job: Job[..., Any], new: NewJobs, *, connection: Any) -> list[JobHandle]:
         return _store(job, new, self.connection if connection is None else connection)
+
+    def is_behind(self, connection: Connection) -> bool:
+        """Whether this is the connection, or a part of its transaction that was lent."""
+        return connection.get_backend_pid() == self.connection.get_backend_pid()
 
     def elapsed_seconds(self) -> float:
         """By how much the clock is ahead of the transaction, where it is always the time of its beginning."""
