@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from greenjobs.completion import Transaction
     from greenjobs.elsewhere import CompletedElsewhere, ElsewhereCall
+    from greenjobs.events import Outcome
     from greenjobs.keeping import ResultCodec
     from greenjobs.policy import Policy
     from greenjobs.pool import ConnectionPool
@@ -47,12 +48,24 @@ class JobRow:
     created_at: datetime
 
 
+@dataclass(slots=True)
+class Abroad:
+    """That an attempt runs in a process which hears of no AttemptEnded: the runner publishes that in its own.
+
+    `outcome_of` says what an error will mean, or None; it is asked before the surroundings are left. `is_reported` is
+    set by whoever reports the error here, where its traceback is, so that it is not reported by the runner, too.
+    """
+
+    outcome_of: Callable[[BaseException | None], Outcome]
+    is_reported: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on.
 
     `runner_ids` are those under which this process may have claimed its jobs; they become more. `recorder` writes what
-    the jobs say of themselves; nobody does where it is None. `surroundings` are entered around each attempt.
+    the jobs say of themselves; nobody does where it is None. `surroundings` are entered around each attempt. `abroad` is None in a runner.
     """
 
     queue: str
@@ -61,6 +74,7 @@ class Place:
     runner_ids: Sequence[int] = ()
     recorder: Recorder | None = None
     surroundings: tuple[Callable[[], AbstractContextManager[Any]], ...] = ()
+    abroad: Abroad | None = None
 
 
 class Declaration(Protocol):

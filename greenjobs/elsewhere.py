@@ -14,8 +14,8 @@ from greenjobs.policy import Verdict
 class ElsewhereCall:
     """The call of one attempt's function, while it is under way and afterwards. `wait` is for the attempt's carrier.
 
-    Where it ran in a process, the error was judged there: `verdict` and `record` say how, and `encoded` is what it
-    returned, as ResultCodec.encode has it.
+    Where it ran in a process, the error was judged there: `verdict` and `record` say how, `is_reported` that somebody
+    such as Sentry has it already, and `encoded` is what it returned, as ResultCodec.encode has it.
     """
 
     def __init__(self) -> None:
@@ -24,6 +24,7 @@ class ElsewhereCall:
         self.verdict: Verdict | None = None
         self.record: Mapping[str, Any] | None = None
         self.encoded: tuple[str | None, str | None] | None = None
+        self.is_reported = False
         self.is_over = False
         self._ended = Event()
 

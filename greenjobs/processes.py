@@ -215,6 +215,7 @@ class _ProcessCall(ElsewhereCall):
         if message["error"] is not None:
             self.error = _rebuilt(message["error"])
             self.record = message["record"]
+            self.is_reported = message["is_reported"]
             self.verdict = message["verdict"] and Verdict(*message["verdict"])
         elif message["result"] is not None:
             result, complaint = message["result"]
