@@ -65,7 +65,8 @@ class Place:
     """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on.
 
     `runner_ids` are those under which this process may have claimed its jobs; they become more. `recorder` writes what
-    the jobs say of themselves; nobody does where it is None. `surroundings` are entered around each attempt. `abroad` is None in a runner.
+    the jobs say of themselves; nobody does where it is None. `surroundings` are entered around each attempt. `abroad`
+    is None in the runner's own process.
     """
 
     queue: str

@@ -100,6 +100,12 @@ def test_surroundings_of_the_application_are_entered_there(database: running.Dat
     assert process_jobs.around == []
 
 
+def test_span_of_an_attempt_has_the_outcome(database: running.Database, ended: list[events.AttemptEnded]) -> None:
+    process_jobs.fail_once.delay()
+    eventually(lambda: [each.outcome for each in ended] == ["retried", "done"], "it has not ended twice")
+    assert result(process_jobs.spans_of.delay("fail_once")) == [["retried", "ERROR"], ["done", "UNSET"]]
+
+
 def test_one_process_serves_one_job_after_the_other(database: running.Database) -> None:
     handles = process_jobs.look.delay_many([("a",), ("b",), ("c",)])
     assert len({result(handle)["pid"] for handle in handles}) == 1

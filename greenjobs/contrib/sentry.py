@@ -210,7 +210,7 @@ def _fresh_scope() -> Scope:
 
 
 def _report_abroad(error: BaseException, integration: GreenjobsIntegration) -> None:
-    """Report the error of a job that has this process for itself: in the runner are neither its scopes nor its stack."""
+    """Report the error of a job that has this process for itself: the runner has neither its scopes nor its stack."""
     attempt = attempt_here()
     abroad = None if attempt is None else attempt.place.abroad
     if abroad is None:
