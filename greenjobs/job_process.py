@@ -26,7 +26,7 @@ from typing import Any, NoReturn, cast
 
 from greenjobs import companions, config, errors, logs, pool, surroundings
 from greenjobs.cli_options import configure
-from greenjobs.contrib import equipment
+from greenjobs.contrib import equipment, metrics_number
 from greenjobs.current import Abroad, Attempt, Place, attempt_here, enter_attempt
 from greenjobs.error_record import error_record
 from greenjobs.errors import GreenjobsError, JobControl
@@ -83,6 +83,7 @@ def _end_with(parent: int) -> None:
 
 def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
     """The application, and what surrounds its jobs; exits when it cannot be loaded, having said why."""
+    metrics_number.take()  # before the application makes metrics
     try:
         configure(hello["settings"], loads_application=True)
         found, equipped = equipment.load(hello["application"] or None)

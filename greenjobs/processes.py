@@ -31,6 +31,7 @@ from greenjobs.current import begin_report
 from greenjobs.elsewhere import CompletedElsewhere, ElsewhereCall
 from greenjobs.errors import JobControl, JobProcessDied, JobProcessError
 from greenjobs.frames import pack, unpack
+from greenjobs.metrics_folder import JobProcessMetrics
 from greenjobs.policy import Verdict
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Processes(Annex):
         self._awaiting: deque[_ProcessCall] = deque()
         self._failed_starts = 0
         self._is_closed = False
+        self.metrics_numbers: set[int] = set()
 
     def start(self) -> None:
         """Have a process ready for the first job; returns at once."""
@@ -244,6 +246,7 @@ class _Child:
         self._processes = processes
         self._process: subprocess.Popen[bytes] | None = None
         self._sending = BoundedSemaphore()
+        self._metrics = JobProcessMetrics(processes.metrics_numbers)
         self._line, self._theirs = socket.socketpair()
         self.greenlet = gevent.spawn(self._live, origin)
 
@@ -300,6 +303,7 @@ class _Child:
             self._theirs.close()
             self._line.close()
             self.is_up = False
+            self._metrics.forget(self.pid)
             self._processes.note_end(self, status)
 
     def _start(self) -> None:
@@ -308,6 +312,7 @@ class _Child:
             [sys.executable, "-c", _PROGRAM, f"{os.getpid()}:{fd}", *sys.path],
             stdin=subprocess.DEVNULL,
             pass_fds=[fd],
+            env={**os.environ, **self._metrics.environment()},
             start_new_session=True,  # Ctrl-C is for the runner
         )
         self._theirs.close()
