@@ -48,6 +48,12 @@ class JobRow:
     created_at: datetime
 
 
+def lines_of(frame: FrameType | None) -> list[str]:
+    """Where it stands, the innermost last: file, line and function, and nothing of what is in them."""
+    walked = list(traceback.walk_stack(frame)) if frame is not None else []
+    return [f"{each.f_code.co_filename}:{line} {each.f_code.co_name}" for each, line in reversed(walked)]
+
+
 @dataclass(slots=True)
 class Abroad:
     """That an attempt runs in a process which hears of no AttemptEnded: the runner publishes that in its own.
@@ -131,6 +137,12 @@ class Attempt:
         """Where its function stands at this moment; None where that is not in this process."""
         frame: FrameType | None = self.greenlet.gr_frame if self.elsewhere is None else self.elsewhere.frame()
         return frame
+
+    def lines(self) -> list[str]:
+        """The same, as `lines_of` has it; blocks for a moment where another process has to be asked."""
+        if self.elsewhere is not None:
+            return self.elsewhere.lines()
+        return lines_of(self.frame())
 
     def stack(self) -> str:
         """The same, as text for people."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from gevent.event import Event
 
+from greenjobs.current import lines_of
 from greenjobs.policy import Verdict
 
 
@@ -44,6 +45,11 @@ class ElsewhereCall:
     def frame(self) -> FrameType | None:
         """Where it stands at this moment, if it is in this process, and has begun."""
         return None
+
+    def lines(self) -> list[str]:
+        """Where it stands, for people; blocks for a moment where another process has to be asked."""
+        frame = self.frame()
+        return [self.where] if frame is None else lines_of(frame)
 
     @property
     def where(self) -> str:

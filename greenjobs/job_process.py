@@ -27,7 +27,7 @@ from typing import Any, NoReturn, cast
 from greenjobs import companions, config, errors, logs, pool, surroundings
 from greenjobs.cli_options import configure
 from greenjobs.contrib import equipment, metrics_number
-from greenjobs.current import Abroad, Attempt, Place, attempt_here, enter_attempt
+from greenjobs.current import Abroad, Attempt, Place, attempt_here, enter_attempt, lines_of
 from greenjobs.error_record import error_record
 from greenjobs.errors import GreenjobsError, JobControl
 from greenjobs.events import Outcome
@@ -150,6 +150,10 @@ class JobProcess:
         while message := unpack(self._connection.recv):
             if message["do"] == "run":
                 self._orders.put(message)
+            elif message["do"] == "show":
+                frame = sys._current_frames().get(threading.main_thread().ident or 0)
+                inside = self._inside
+                self._say({"what": "stands", "id": inside and inside[0], "stack": lines_of(frame)})
             else:
                 error = getattr(errors, message["error"], errors.JobInterrupted)(message["text"])
                 self._to_raise = told = (message["claim"], error)
