@@ -19,6 +19,7 @@ from greenjobs import config
 from greenjobs.errors import NoCurrentJob
 from greenjobs.keeping import NO_RESULT
 from greenjobs.progress import JobLog, Progress, Recorder, Report
+from greenjobs.stacks import lines_of
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -46,12 +47,6 @@ class JobRow:
     retries: int
     crashes: int
     created_at: datetime
-
-
-def lines_of(frame: FrameType | None) -> list[str]:
-    """Where it stands, the innermost last: file, line and function, and nothing of what is in them."""
-    walked = list(traceback.walk_stack(frame)) if frame is not None else []
-    return [f"{each.f_code.co_filename}:{line} {each.f_code.co_name}" for each, line in reversed(walked)]
 
 
 @dataclass(slots=True)
@@ -139,7 +134,7 @@ class Attempt:
         return frame
 
     def lines(self) -> list[str]:
-        """The same, as `lines_of` has it; blocks for a moment where another process has to be asked."""
+        """The same, a line for each frame; blocks for a moment where another process has to be asked."""
         if self.elsewhere is not None:
             return self.elsewhere.lines()
         return lines_of(self.frame())

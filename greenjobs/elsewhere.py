@@ -8,8 +8,8 @@ from typing import Any
 
 from gevent.event import Event
 
-from greenjobs.current import lines_of
 from greenjobs.policy import Verdict
+from greenjobs.stacks import lines_of
 
 
 class ElsewhereCall:

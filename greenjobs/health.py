@@ -144,10 +144,8 @@ def jobs(handle: RunnerHandle, request: Request) -> Answer:
     running = sorted(handle.attempts(), key=lambda attempt: attempt.started)
     # Each process is asked at the same time as the others.
     asked = {each.row.id: gevent.spawn(each.lines) for each in running if each.elsewhere is not None}
-    described = [
-        _described(each, asked[each.row.id].get() if each.row.id in asked else each.lines()) for each in running
-    ]
-    document = {"runner": handle.name, "pid": os.getpid(), "jobs": described}
+    stacks = [asked[each.row.id].get() if each.row.id in asked else each.lines() for each in running]
+    document = {"runner": handle.name, "pid": os.getpid(), "jobs": list(map(_described, running, stacks))}
     return Answer.of(document)
 
 

@@ -27,7 +27,7 @@ from typing import Any, NoReturn, cast
 from greenjobs import companions, config, errors, logs, pool, surroundings
 from greenjobs.cli_options import configure
 from greenjobs.contrib import equipment, metrics_number
-from greenjobs.current import Abroad, Attempt, Place, attempt_here, enter_attempt, lines_of
+from greenjobs.current import Abroad, Attempt, Place, attempt_here, enter_attempt
 from greenjobs.error_record import error_record
 from greenjobs.errors import GreenjobsError, JobControl
 from greenjobs.events import Outcome
@@ -37,6 +37,7 @@ from greenjobs.keeping import keep_seconds
 from greenjobs.memory import resident_megabytes
 from greenjobs.policy import judge, outcome_of
 from greenjobs.progress import Report
+from greenjobs.stacks import lines_of
 from greenjobs.storage import ClaimedJob
 from greenjobs.supervisor import EXIT_MISTAKE
 from greenjobs.surroundings import Surrounding, call_within
