@@ -506,6 +506,27 @@ def test_scrape_is_answered_while_the_database_is_away(database: running.Databas
         assert value(seen, "greenjobs_slots", queue="away") == watch.handle.workers["away"].pool
 
 
+def test_scrape_is_answered_while_the_database_does_not_answer(
+    database: running.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @job(queue="stuck")
+    def work() -> None: ...
+
+    with watched(Runner().register(work)):
+        prometheus._database._fresh_until = 0.0
+        assert value(rendered(), "greenjobs_database_up") == 1
+        monkeypatch.setattr(prometheus, "_PATIENCE_SECONDS", 0.05)
+        with databases.administration(database.url) as cursor:
+            cursor.execute("BEGIN; LOCK TABLE background_jobs")
+            prometheus._database._fresh_until = 0.0
+            seen = rendered()
+            cursor.execute("ROLLBACK")
+        assert value(seen, "greenjobs_database_up") == 0
+        assert "greenjobs_jobs" not in seen
+        assert value(seen, "greenjobs_slots", queue="stuck") is not None
+        eventually(lambda: value(rendered(), "greenjobs_database_up") == 1, "it does not answer again")
+
+
 @contextlib.contextmanager
 def closed_to_newcomers(database: running.Database) -> Iterator[None]:
     name = database.value("SELECT current_database()")
