@@ -283,6 +283,37 @@ def test_session_is_closed_where_a_function_of_teardown_fails(
     assert [each.pool.checkedout() for each in shops.engines(app)] == [0]
 
 
+@pytest.mark.parametrize("teardown_fails", [False, True])
+def test_context_that_a_job_never_popped_ends_with_it(
+    database: running.Database, caplog: pytest.LogCaptureFixture, teardown_fails: bool
+) -> None:
+    """With it on top, the session of the job itself would live on, and a row that was written there stay locked."""
+    app = make_shop(database.url)
+    ended: list[Any] = []
+
+    @app.teardown_appcontext
+    def end(error: BaseException | None) -> None:
+        ended.append(flask.g.get("name"))
+        if teardown_fails:
+            raise OSError("cannot tidy up")
+
+    @job
+    def work() -> None:
+        for name in ("outer", "inner"):
+            db.session.add(Order(customer="left behind"))
+            db.session.flush()
+            flask.g.name = name
+            if name == "outer":
+                app.app_context().push()
+
+    work.delay()
+    work_off(app, work, pool=1)
+    assert ended == ["inner", "outer"]
+    assert "Popped wrong app context" not in caplog.text
+    assert not db.session.registry.registry
+    assert [each.pool.checkedout() for each in shops.engines(app)] == [0]
+
+
 def test_job_cut_off_in_the_database_leaves_no_broken_connection(database: running.Database) -> None:
     app = make_shop(database.url, SQLALCHEMY_ENGINE_OPTIONS={"pool_size": 1, "max_overflow": 0})
 

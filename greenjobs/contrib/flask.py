@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask, appcontext_tearing_down, current_app, has_app_context
 from flask.cli import NoAppException, find_best_app
+from flask.globals import app_ctx
 
 from greenjobs import config, surroundings
 from greenjobs.contrib import scopes
@@ -27,6 +28,7 @@ from greenjobs.contrib.flask_commands import group
 from greenjobs.contrib.joining import Sessions, session_extension
 from greenjobs.contrib.sqlalchemy import sqlalchemy_url
 from greenjobs.errors import ConfigError
+from greenjobs.loading import EARLY_OPTIONS
 from greenjobs.surroundings import Surrounding
 
 if TYPE_CHECKING:
@@ -38,9 +40,6 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "GREENJOBS_"
 _JOIN = "GREENJOBS_JOIN_SESSION"
-
-# What `greenjobs run` has to know before it loads the application.
-_EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "http", "log_level", "log_format")
 
 _extensions: weakref.WeakSet[GreenJobs] = weakref.WeakSet()
 _equipped: weakref.WeakSet[Equipment] = weakref.WeakSet()
@@ -97,12 +96,13 @@ class Equipment:
     def context(self) -> Iterator[None]:
         """A fresh context of the application, and at its end all that ends with one; no session outlives it."""
         left: list[tuple[dict[Any, Any], Any]] = []
+        outer, context = _active_context(), self.app.app_context()
         try:
-            with self.app.app_context():
+            with context:
                 try:
                     yield
                 finally:
-                    left = list(_scope_of_session())
+                    left = _pop_down_to(context, outer)
         finally:
             # A function of teardown that fails keeps those before it from running, Flask-SQLAlchemy's too. Its session
             # is filed under the address of the context, which the context of another job will have one day.
@@ -190,6 +190,28 @@ def _context_ends(app: Flask, exc: BaseException | None = None, **_: Any) -> Non
         equipment.sessions.context_ends(exc)
 
 
+def _active_context() -> Any:
+    return app_ctx._get_current_object() if app_ctx else None
+
+
+def _pop_down_to(context: Any, outer: Any) -> list[tuple[dict[Any, Any], Any]]:
+    """Pop what was pushed inside of this context and is still there: with it on top, the teardown of this context would
+    be about the wrong one, and leave its session, with all locks of it. Returns where sessions may be left.
+    """
+    left: list[tuple[dict[Any, Any], Any]] = []
+    while (active := _active_context()) is not outer:
+        left += _scope_of_session()
+        if active is context:
+            break
+        try:
+            active.pop()
+        except Exception:
+            logger.exception("a context that was pushed in a job, and never popped, failed at its end")
+            if _active_context() is active:
+                break
+    return left
+
+
 def _scope_of_session() -> Iterator[tuple[dict[Any, Any], Any]]:
     """Where Flask-SQLAlchemy keeps the session of the active context, and under which key."""
     db = session_extension()
@@ -214,7 +236,7 @@ def _arguments_in(given: Mapping[str, Any]) -> dict[str, Any]:
         if not key.startswith(_PREFIX) or key == _JOIN or value is None or os.environ.get(key) == value:
             continue
         name = key.removeprefix(_PREFIX).lower()
-        if name in _EARLY_OPTIONS:
+        if name in EARLY_OPTIONS:
             raise ConfigError(
                 f"app.config has {key}, which counts before the application is loaded; set it in the environment, in "
                 f"setup.cfg or pyproject.toml, or on the command line"
