@@ -137,6 +137,31 @@ def test_copy_of_the_environment_in_the_configuration_is_no_mistake(
     assert config.current().processes == 2
 
 
+def test_setting_that_came_too_late_is_said(database: running.Database, caplog: pytest.LogCaptureFixture) -> None:
+    app = bare(GREENJOBS_DATABASE_URL=database.url, GREENJOBS_POOL=3)
+    app.config.update(GREENJOBS_POOL=4, GREENJOBS_JOIN_SESSION=False, SQLALCHEMY_DATABASE_URI="postgresql:///other")
+    for _ in range(2):
+        with app.app_context():
+            assert config.current().pool == 3
+    (record,) = (record for record in caplog.records if record.name == "greenjobs.contrib.flask")
+    said = "GREENJOBS_POOL, SQLALCHEMY_DATABASE_URI, GREENJOBS_JOIN_SESSION after GreenJobs had read it"
+    assert said in record.getMessage()
+
+
+def test_database_that_came_too_late_is_refused_with_the_reason(database: running.Database) -> None:
+    app = bare()
+    app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql:///shop"
+
+    @job
+    def work() -> None: ...
+
+    message = "No database is named, .*'bare' got SQLALCHEMY_DATABASE_URI after .* when app.config is complete"
+    with app.app_context(), pytest.raises(ConfigError, match=message):
+        work.delay()
+    with pytest.raises(ConfigError, match=message):
+        app.extensions["greenjobs"].adopt()
+
+
 def test_application_is_set_up_once(database: running.Database) -> None:
     app = bare()
     with pytest.raises(ConfigError, match="has been set up for the application 'bare' already"):

@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 _PREFIX = "GREENJOBS_"
 _JOIN = "GREENJOBS_JOIN_SESSION"
 
+# Where extensions for SQLAlchemy have the database of the application.
+_SQLALCHEMY = ("SQLALCHEMY_DATABASE_URI", "SQLALCHEMY_ENGINES", "SQLALCHEMY_BINDS")
+
 _extensions: weakref.WeakSet[GreenJobs] = weakref.WeakSet()
 _equipped: weakref.WeakSet[Equipment] = weakref.WeakSet()
 _latest: weakref.ref[Equipment] | None = None
@@ -63,7 +66,7 @@ class GreenJobs:
         app.cli.add_command(group)
         # After all functions of teardown, one of which may commit.
         appcontext_tearing_down.connect(_context_ends, app)
-        equipment.adopt()
+        equipment.become_latest()
         scopes.install(_scope)
         surroundings.of_application = _surroundings_in_tests
 
@@ -74,16 +77,52 @@ class Equipment:
     def __init__(self, app: Flask) -> None:
         self.app = app
         self._layer = config.Layer(_arguments_in(app.config), _defaults_in(app.config))
-        self.sessions = Sessions(joins=_checked_join(app.config.get(_JOIN, True)))
+        self._joins = _checked_join(app.config.get(_JOIN, True))
+        self._was_in_use = False
+        self.sessions = Sessions(joins=self._joins)
         _equipped.add(self)
 
     @property
     def settings(self) -> config.Settings:
         """Those of the application, complete."""
-        return self._layer.settings()
+        settings = self._layer.settings()
+        if not self._was_in_use or settings.database_url is None:
+            self._look_for_late_settings(settings)
+        return settings
+
+    def _look_for_late_settings(self, settings: config.Settings) -> None:
+        """Say once what `app.config` got after it was read. Raises ConfigError if that is why there is no database."""
+        late = self._late_settings()
+        if late and settings.database_url is None:
+            raise ConfigError(
+                f"No database is named, for app.config of {self.app.name!r} got {late} after GreenJobs had read it: call "
+                f"init_app, or GreenJobs(app), when app.config is complete"
+            )
+        if late and not self._was_in_use:
+            logger.warning(
+                "app.config of %r got %s after GreenJobs had read it, which changes nothing: call init_app, or "
+                "GreenJobs(app), when app.config is complete",
+                *(self.app.name, late),
+            )
+        self._was_in_use = True
+
+    def _late_settings(self) -> str:
+        arguments, former = _arguments_in(self.app.config), self._layer.arguments
+        names = arguments.keys() | former.keys()
+        late = sorted(_PREFIX + name.upper() for name in names if arguments.get(name) != former.get(name))
+        if _defaults_in(self.app.config) != self._layer.defaults:
+            late.append(next((key for key in _SQLALCHEMY if self.app.config.get(key)), _SQLALCHEMY[0]))
+        if self.app.config.get(_JOIN, True) != self._joins:
+            late.append(_JOIN)
+        return ", ".join(late)
 
     def adopt(self) -> None:
-        """Let its settings be those of the process, where no other application is active."""
+        """Let its settings be those of the process, where no other application is active. Raises ConfigError."""
+        self.become_latest()
+        _ = self.settings
+
+    def become_latest(self) -> None:
+        """The same, while the application is set up."""
         global _latest
         _latest = weakref.ref(self)
         config.adopt(self._layer)
@@ -191,7 +230,8 @@ def _context_ends(app: Flask, exc: BaseException | None = None, **_: Any) -> Non
 
 
 def _active_context() -> Any:
-    return app_ctx._get_current_object() if app_ctx else None
+    proxy: Any = app_ctx
+    return proxy._get_current_object() if proxy else None
 
 
 def _pop_down_to(context: Any, outer: Any) -> list[tuple[dict[Any, Any], Any]]:

@@ -50,7 +50,7 @@ class Sessions:
         self._said: set[tuple[str, ...]] = set()
 
     def connection_for(self, database_url: str, job: str) -> Any:
-        """SQLAlchemy's connection of the active session, in its transaction, if that leads to this database, or None."""
+        """SQLAlchemy's connection of the active session, in its transaction, if it leads to this database, or None."""
         db = session_extension()
         if db is None:
             return None
