@@ -95,8 +95,8 @@ class Equipment:
         late = self._late_settings()
         if late and settings.database_url is None:
             raise ConfigError(
-                f"No database is named, for app.config of {self.app.name!r} got {late} after GreenJobs had read it: call "
-                f"init_app, or GreenJobs(app), when app.config is complete"
+                f"No database is named, for app.config of {self.app.name!r} got {late} after GreenJobs had read it: "
+                f"call init_app, or GreenJobs(app), when app.config is complete"
             )
         if late and not self._was_in_use:
             logger.warning(
