@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -500,6 +501,23 @@ def test_module_without_an_application_is_refused(folder: Path) -> None:
     processes.write_application(folder, "from shop import send", name="tasks.py")
     output = processes.run("greenjobs", "run", "--app", "tasks", folder=folder, status=2)
     assert "it is not clear in which" in output and "Traceback" not in output
+
+
+def test_file_with_two_applications_is_refused_by_its_name(tmp_path: Path, database_url: str) -> None:
+    source = """
+        from flask import Flask
+        from greenjobs import job
+        from greenjobs.contrib.flask import GreenJobs
+
+        one, two = Flask("one"), Flask("two")
+        GreenJobs(one), GreenJobs(two)
+
+        @job
+        def work(): ...
+        """
+    (tmp_path / "app.py").write_text(textwrap.dedent(source))
+    printed = processes.run("greenjobs", "run", folder=tmp_path, database_url=database_url, status=2)
+    assert "app is 'app.py', and jobs are to run in a Flask application, but it is not clear in which" in printed
 
 
 def test_module_that_only_asks_for_the_url_needs_no_application(tmp_path: Path, database_url: str) -> None:
