@@ -267,12 +267,12 @@ class Executor:
         enter_attempt(attempt)
         self.running[row.id] = attempt
         attempt.started = started = time.perf_counter()
-        if events.start_handlers:
-            self._publish_start(attempt)
         timeouts = attempt.timeouts()
         timers = self._start_timers(attempt, *timeouts) if timeouts is not None else ()
         outcome: events.Outcome = "done"
         try:
+            if events.start_handlers:
+                self._publish_start(attempt)  # which may wait, and be interrupted
             if row.start_by is not None and time.monotonic() >= row.start_by:
                 raise JobExpired("it had not started when it expired")
             if annex is not None:
