@@ -284,6 +284,24 @@ def test_timeout_is_raised_wherever_it_is(database: running.Database, how: Any) 
     assert (errors[0]["error"], errors[0]["message"]) == ("JobTimeout", "work ran for more than 0.2 s")
 
 
+def test_error_that_is_raised_just_when_the_job_begins_to_wait_reaches_it(
+    database: running.Database, ended: list[events.AttemptEnded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(call: Any, error: BaseException) -> None:
+        call._raise_where_it_computes(error)  # it does not any more, so that the error comes out in its loop
+        call.thread.tell(lambda: None)
+
+    monkeypatch.setattr("greenjobs.threads._ThreadCall.interrupt", interrupt)
+
+    @job(executor="thread", timeout=0.2)
+    def work() -> None:
+        time.sleep(running.PATIENCE_SECONDS / 2)
+
+    work.delay()
+    running.work_off(work)
+    assert [str(each.error) for each in ended] == ["work ran for more than 0.2 s"]
+
+
 def test_statement_of_a_job_that_timed_out_is_cancelled(database: running.Database) -> None:
     @job(executor="thread", timeout=0.2)
     def work() -> None:
