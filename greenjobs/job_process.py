@@ -124,6 +124,7 @@ class JobProcess:
         self._runner_name = runner_name
         self._orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._sending = threading.Lock()
+        self._runner_ids: list[int] = []
         self._inside: list[int] | None = None
         """Whose function runs at this moment: the id and the claim of the job."""
         self._to_raise: tuple[list[int], BaseException] | None = None
@@ -147,7 +148,10 @@ class JobProcess:
     def _listen(self) -> None:
         while message := unpack(self._connection.recv):
             if message["do"] == "run":
+                self._runner_ids[:] = message["runner_ids"]
                 self._orders.put(message)
+            elif message["do"] == "know":
+                self._runner_ids[:] = message["runner_ids"]
             else:
                 error = getattr(errors, message["error"], errors.JobInterrupted)(message["text"])
                 self._to_raise = told = (message["claim"], error)
@@ -168,7 +172,8 @@ class JobProcess:
 
     def _insist(self, told: tuple[list[int], BaseException]) -> None:
         time.sleep(_HEARING_SECONDS)
-        if self._to_raise is told and "psycopg2" in sys.modules:
+        # Told too late, it is nobody's: what this process is at by now may be another job.
+        if self._to_raise is told and told[0] == self._inside and "psycopg2" in sys.modules:
             _cancel_statements()
 
     # --- one attempt --------------------------------------------------------------------------------------------------
@@ -186,7 +191,7 @@ class JobProcess:
             order["queue"],
             self._context,
             pool.shared_pool(settings, settings.require_database_url()),
-            runner_ids=order["runner_ids"],
+            runner_ids=self._runner_ids,
             recorder=self._relay,
             surroundings=self._surroundings,
         )

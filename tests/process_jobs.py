@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,30 @@ def complete(text: str) -> None:
     with current_job.transaction() as connection, connection.cursor() as cursor:
         cursor.execute("INSERT INTO notes (text) VALUES (%s)", (text,))
         look.delay(text)
+
+
+@job(executor="process")
+def sleep_until_told(folder: str) -> None:
+    Path(folder, "begun").touch()
+    while not Path(folder, "go").exists():
+        time.sleep(0.01)
+
+
+@job(executor="process")
+def complete_when_told(folder: str) -> None:
+    sleep_until_told.function(folder)
+    complete.function("told")
+
+
+@job(executor="process", max_retries=0)
+def sleep_in_the_database() -> None:
+    with greenjobs.connection() as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT pg_sleep(1)")
+
+
+@job(executor="process")
+def leave_a_thread() -> None:
+    threading.Thread(target=threading.Event().wait).start()
 
 
 @job(executor="process")
