@@ -278,9 +278,16 @@ def _described(error: BaseException) -> dict[str, Any]:
         "type": kind.__qualname__,
         "message": text,
         "traceback": trace,
-        "args": [each if _is_plain(each) else repr(each) for each in error.args],
+        "args": [each if _is_plain(each) else _shown(each) for each in error.args],
         "state": {name: value for name, value in vars(error).items() if _is_plain(value)},
     }
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:
+        return f"<{type(value).__name__} that cannot be shown>"
 
 
 def _is_plain(value: object) -> bool:

@@ -311,6 +311,8 @@ class _Child:
             self._theirs.close()
             self._line.close()
             self.is_up = False
+            if status is None:  # what it said was not to be understood, and it may still be at work
+                self.kill()
             self._processes.note_end(self, status)
 
     def _start(self) -> None:

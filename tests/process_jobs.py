@@ -113,6 +113,16 @@ def fail_with_a_number() -> None:
     raise KeyError(404)
 
 
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise RuntimeError("not for anybody's eyes")
+
+
+@job(executor="process", max_retries=0)
+def fail_with_the_unspeakable() -> None:
+    raise ValueError(Unspeakable())
+
+
 @job(executor="process", discard_on=PartnerDown)
 def be_discarded() -> None:
     raise PartnerDown("partner", since=7)

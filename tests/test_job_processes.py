@@ -178,6 +178,10 @@ def test_error_of_a_class_that_is_unknown_here_is_stood_for() -> None:
     assert str(error) == "Error: of old"
 
 
+def test_error_that_cannot_be_shown_ends_no_process(database: running.Database) -> None:
+    assert error_of(process_jobs.fail_with_the_unspeakable.delay()).startswith("ValueError: ")
+
+
 def test_policy_of_the_job_decides_there(database: running.Database, ended: list[events.AttemptEnded]) -> None:
     process_jobs.be_discarded.delay()
     eventually(lambda: [each.outcome for each in ended] == ["discarded"], "not discarded", seconds=60)
