@@ -21,6 +21,7 @@ import gevent
 from gevent.hub import Waiter
 from gevent.monkey import get_original
 
+from greenjobs import green
 from greenjobs.annex import Annex, Surroundings
 from greenjobs.elsewhere import ElsewhereCall
 from greenjobs.surroundings import call_within
@@ -221,6 +222,7 @@ class _Thread:
         self._end.get()
         self._bell = None
         bell.close()
+        green.leave(hub)
         hub.destroy(destroy_loop=True)
 
     def _read_mail(self) -> None:
