@@ -62,6 +62,10 @@ class Blocking:
         if any(job.policy.executor == "process" for job in self._jobs.values()):
             self._processes.start()
 
+    def note_runner_ids(self) -> None:
+        """The runner has one more id. Returns at once."""
+        self._processes.note_runner_ids()
+
     def stop(self) -> None:
         """End all of it; blocks until the processes are gone."""
         self.loop.stop()

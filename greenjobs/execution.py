@@ -130,6 +130,17 @@ class Executor:
         self._aside.clear()
         return taken
 
+    @property
+    def next_aside(self) -> ClaimedJob | None:
+        """The first of the jobs for which there is no room elsewhere; None without any."""
+        return self._aside[0] if self._aside else None
+
+    def take_aside(self) -> list[Fence]:
+        """Take away those; they are the caller's to give back."""
+        taken = [Fence(row.id, row.attempt) for row in self._aside]
+        self._aside.clear()
+        return taken
+
     def count_waiting(self, annex: Annex) -> int:
         """How many jobs are here that are going to run there, and have not started."""
         return sum(self.elsewhere.get(row.job_type) is annex for row in chain(self._ready, self._aside))
@@ -267,12 +278,14 @@ class Executor:
         enter_attempt(attempt)
         self.running[row.id] = attempt
         attempt.started = started = time.perf_counter()
-        if events.start_handlers:
-            self._publish_start(attempt)
-        timeouts = attempt.timeouts()
-        timers = self._start_timers(attempt, *timeouts) if timeouts is not None else ()
+        timers: Sequence[Any] = ()
         outcome: events.Outcome = "done"
         try:
+            if events.start_handlers:
+                self._publish_start(attempt)  # which may wait, and be interrupted
+            timeouts = attempt.timeouts()
+            if timeouts is not None:
+                timers = self._start_timers(attempt, *timeouts)
             if row.start_by is not None and time.monotonic() >= row.start_by:
                 raise JobExpired("it had not started when it expired")
             if annex is not None:

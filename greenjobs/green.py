@@ -7,6 +7,7 @@ and what interrupted it comes out as itself.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -98,19 +99,43 @@ def _cancel(connection: extensions.connection) -> None:
         reason = ctypes.create_string_buffer(256)
         cancel, free, arguments = libpq.PQcancel, libpq.PQfreeCancel, (request, reason, len(reason))
 
+    unasked = [request]
+
     def ask() -> None:
-        cancel(*arguments)
-        free(request)
+        while unasked:
+            with contextlib.suppress(IndexError):  # given up, and freed, at this moment
+                unasked.pop()
+                cancel(*arguments)
+                free(request)
 
     if request:
         with gevent.Timeout(_CANCEL_SECONDS, False):  # type: ignore[arg-type]  # the stubs lack it
-            _cancelling(gevent.get_hub()).apply(ask)
+            threads = _cancelling(gevent.get_hub())
+            try:
+                asked = threads.spawn(ask)
+            except BaseException:  # all of them were busy until the time was up
+                with contextlib.suppress(IndexError):
+                    unasked.pop()
+                    free(request)
+                raise
+            asked.get()
 
 
-@functools.cache
+_cancelling_threads: dict[Any, ThreadPool] = {}
+
+
 def _cancelling(hub: Any) -> ThreadPool:
     """Threads of their own: those that a silent server keeps are not missed by others, such as look-ups of names."""
-    return ThreadPool(_CANCELLING_THREADS, hub=hub)
+    if hub not in _cancelling_threads:
+        _cancelling_threads[hub] = ThreadPool(_CANCELLING_THREADS, hub=hub)
+    return _cancelling_threads[hub]
+
+
+def leave(hub: Any) -> None:
+    """End what was started for this hub, which is that of the calling thread, and is about to end."""
+    threads = _cancelling_threads.pop(hub, None)
+    if threads is not None:
+        threads.kill()
 
 
 @functools.cache

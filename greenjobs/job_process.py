@@ -127,6 +127,7 @@ class JobProcess:
         self._runner_name = runner_name
         self._orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._sending = threading.Lock()
+        self._runner_ids: list[int] = []
         self._inside: list[int] | None = None
         """Whose function runs at this moment: the id and the claim of the job."""
         self._to_raise: tuple[list[int], BaseException] | None = None
@@ -150,11 +151,14 @@ class JobProcess:
     def _listen(self) -> None:
         while message := unpack(self._connection.recv):
             if message["do"] == "run":
+                self._runner_ids[:] = message["runner_ids"]
                 self._orders.put(message)
             elif message["do"] == "show":
                 frame = sys._current_frames().get(threading.main_thread().ident or 0)
                 inside = self._inside
                 self._say({"what": "stands", "id": inside and inside[0], "stack": lines_of(frame)})
+            elif message["do"] == "know":
+                self._runner_ids[:] = message["runner_ids"]
             else:
                 error = getattr(errors, message["error"], errors.JobInterrupted)(message["text"])
                 self._to_raise = told = (message["claim"], error)
@@ -178,7 +182,8 @@ class JobProcess:
 
     def _insist(self, told: tuple[list[int], BaseException]) -> None:
         time.sleep(_HEARING_SECONDS)
-        if self._to_raise is told and "psycopg2" in sys.modules:
+        # Told too late, it is nobody's: what this process is at by now may be another job.
+        if self._to_raise is told and told[0] == self._inside and "psycopg2" in sys.modules:
             _cancel_statements()
 
     # --- one attempt --------------------------------------------------------------------------------------------------
@@ -197,7 +202,7 @@ class JobProcess:
             order["queue"],
             self._context,
             pool.shared_pool(settings, settings.require_database_url()),
-            runner_ids=order["runner_ids"],
+            runner_ids=self._runner_ids,
             recorder=self._relay,
             surroundings=self._surroundings,
             abroad=abroad,
@@ -296,9 +301,16 @@ def _described(error: BaseException) -> dict[str, Any]:
         "type": kind.__qualname__,
         "message": text,
         "traceback": trace,
-        "args": [each if _is_plain(each) else repr(each) for each in error.args],
+        "args": [each if _is_plain(each) else _shown(each) for each in error.args],
         "state": {name: value for name, value in vars(error).items() if _is_plain(value)},
     }
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:
+        return f"<{type(value).__name__} that cannot be shown>"
 
 
 def _is_plain(value: object) -> bool:

@@ -105,6 +105,11 @@ class Processes(Annex):
         call.wait()
         return call
 
+    def note_runner_ids(self) -> None:
+        """The runner has one more id: a job that completes in its process is known by all of them. Returns at once."""
+        for child in self._children:
+            child.say_runner_ids(self._origin)
+
     def close(self) -> None:
         """End them; blocks until they are gone. A job that still runs in one ends with it."""
         self._is_closed = True
@@ -174,7 +179,7 @@ class Processes(Annex):
         if self._is_closed:
             return
         if child.has_been_up or child.is_leaving:
-            self._provide()
+            self._distribute()
             return
         pause = min(_FIRST_PAUSE_SECONDS * 2.0 ** min(self._failed_starts, 10), _LONGEST_PAUSE_SECONDS)
         self._failed_starts += 1
@@ -289,11 +294,18 @@ class _Child:
         told: tuple[int | None, list[str]] | None = self._asked.wait(_STACK_SECONDS)
         return told[1] if told is not None and told[0] == call.attempt.row.id else None
 
+    def say_runner_ids(self, origin: Origin) -> None:
+        """Have it know the ids of the runner, as they are now; returns at once."""
+        if self.is_up:  # else it hears of them with its first job
+            gevent.spawn(self._say, {"do": "know", "runner_ids": list(origin.runner_ids)})
+
     def hang_up(self) -> None:
-        """Let it end; returns at once."""
+        """Let it end, or make it, where it does not; returns at once."""
         self.is_leaving, self.is_up = True, False
         with contextlib.suppress(OSError):
             self._line.shutdown(socket.SHUT_WR)
+        # A thread of the application's may keep it from ending.
+        gevent.spawn_later(_END_SECONDS, self.kill)
 
     def kill(self) -> None:
         """End it at once, unless it has ended."""
@@ -321,6 +333,8 @@ class _Child:
             self._theirs.close()
             self._line.close()
             self.is_up = False
+            if status is None:  # what it said was not to be understood, and it may still be at work
+                self.kill()
             self._metrics.forget(self.pid)
             self._processes.note_end(self, status)
 

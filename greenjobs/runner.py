@@ -460,9 +460,13 @@ class RunnerHandle:
             job_types=self.job_types,
             former=tuple(self._service.runner_ids),
             # What it adopts is to be known as its own before anybody sees it: an outcome may be on its way.
-            before_commit=self._service.runner_ids.append,
+            before_commit=self._note_runner_id,
             lease_seconds=LEASE_SECONDS if self.session == "lease" else None,
         )
+
+    def _note_runner_id(self, runner: int) -> None:
+        self._service.runner_ids.append(runner)
+        self._blocking.note_runner_ids()
 
     def _leave_standby(self) -> None:
         if self._listener is not None:

@@ -21,6 +21,7 @@ import gevent
 from gevent.hub import Waiter
 from gevent.monkey import get_original
 
+from greenjobs import green
 from greenjobs.annex import Annex, Surroundings
 from greenjobs.elsewhere import ElsewhereCall
 from greenjobs.surroundings import call_within
@@ -174,12 +175,13 @@ class _ThreadCall(ElsewhereCall):
                 return
         self._greenlet.throw(error)
 
-    def throw_stray(self, error: BaseException) -> bool:
-        """The job began to wait just when the error was raised, so that it came out in the hub: pass it on."""
-        if self._greenlet is None or self._has_ended or not hasattr(error, "original"):
-            return False
-        self._greenlet.throw(error)
-        return True
+    def throw_stray(self, error: BaseException) -> None:
+        """The job began to wait just when the error was raised, so that it came out elsewhere: pass it on, in the hub.
+
+        It comes out in whatever line of Python is the next there, which may be the first one of a callback.
+        """
+        if self._greenlet is not None and not self._has_ended:
+            self._greenlet.throw(error)
 
 
 class _Thread:
@@ -210,6 +212,7 @@ class _Thread:
     def _live(self) -> None:
         self.ident = _get_ident()
         hub = gevent.get_hub()
+        hub.handle_error = functools.partial(self._note_error, hub.handle_error)  # type: ignore[method-assign]
         self._end: Waiter[None] = Waiter(hub)
         bell = hub.loop.async_()
         bell.start(self._read_mail)
@@ -219,16 +222,22 @@ class _Thread:
         self._end.get()
         self._bell = None
         bell.close()
+        green.leave(hub)
         hub.destroy(destroy_loop=True)
 
     def _read_mail(self) -> None:
         while self._mail:
             do, args = self._mail.popleft()
-            try:
-                do(*args)
-            except BaseException as error:
-                if self._call is None or not self._call.throw_stray(error):
-                    raise
+            do(*args)
+
+    def _note_error(self, note: Callable[..., None], context: Any, kind: Any, error: Any, trace: Any) -> None:
+        """Something raised where nobody catches it. It may be what is for the job, which had just begun to wait."""
+        if self._call is not None and _stands_for_another(error):
+            gevent.get_hub().loop.run_callback(self._call.throw_stray, error)
+        else:
+            note(context, kind, error, trace)
+        if self._bell is not None:  # for what may not have been read
+            self._bell.send()
 
 
 # --- raising in another thread ----------------------------------------------------------------------------------------
@@ -249,6 +258,11 @@ def _raising(error: BaseException) -> type[BaseException]:
 
     body = {"__init__": __init__, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "original": error}
     return type(kind.__name__, (kind,), body)
+
+
+def _stands_for_another(error: object) -> bool:
+    """Whether it was raised by the interpreter in place of another error."""
+    return isinstance(error, BaseException) and hasattr(type(error), "original")
 
 
 def _original(error: BaseException) -> BaseException:

@@ -6,6 +6,7 @@ jobs finish: about 50 ms of work, none where jobs are slow. What was claimed ahe
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -391,8 +392,15 @@ class Worker:
         self, runner: int, limit: int, *, before: ClaimCursor | None = None, keys: Sequence[str] | None = None
     ) -> list[ClaimedJob]:
         started = time.monotonic()
-        which = {"job_types": self._types(with_lanes=True), "limit": limit, "before": before, "keys": keys}
-        rows = self._take(storage.claim_exclusive, runner, may_exclude=True, **which)
+        rows: list[ClaimedJob] = []
+        places = [(None, self._types(with_lanes=False)), *self._lanes.items()]
+        for annex, job_types in places[:: -1 if self._lanes_are_next else 1]:
+            room = limit - len(rows) if annex is None else min(limit - len(rows), annex.room)
+            if room <= 0 or not job_types:
+                continue
+            which = {"job_types": job_types, "limit": room, "before": before, "keys": keys}
+            with contextlib.nullcontext() if annex is None else annex.reserved(room):
+                rows += self._take(storage.claim_exclusive, runner, may_exclude=True, **which)
         ended = time.monotonic()
         if keys is None:
             is_all = len(rows) < limit
@@ -451,15 +459,17 @@ class Worker:
         while True:
             self._holds_ready.wait()
             self._holds_ready.clear()
-            finished = executor.finished
+            finished, aside = executor.finished, executor.next_aside
             gevent.sleep(_STALE_SECONDS)
             if not executor.ready:
                 continue
             if executor.finished == finished and len(executor.running) >= executor.pool:
                 self._pace.reset()
                 self._give_back(executor.take_back())
-            else:
-                self._holds_ready.set()
+                continue
+            if aside is not None and executor.next_aside is aside:  # those count as held here, and keep others out
+                self._give_back(executor.take_aside())
+            self._holds_ready.set()
 
 
 class Pace:

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,30 @@ def complete(text: str) -> None:
 
 
 @job(executor="process")
+def sleep_until_told(folder: str) -> None:
+    Path(folder, "begun").touch()
+    while not Path(folder, "go").exists():
+        time.sleep(0.01)
+
+
+@job(executor="process")
+def complete_when_told(folder: str) -> None:
+    sleep_until_told.function(folder)
+    complete.function("told")
+
+
+@job(executor="process", max_retries=0)
+def sleep_in_the_database() -> None:
+    with greenjobs.connection() as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT pg_sleep(1)")
+
+
+@job(executor="process")
+def leave_a_thread() -> None:
+    threading.Thread(target=threading.Event().wait).start()
+
+
+@job(executor="process")
 def lose(text: str) -> None:
     """Somebody takes the job away while it runs."""
     with greenjobs.connection() as connection, connection.cursor() as cursor:
@@ -94,6 +119,16 @@ def speak(then: str) -> None:
 @job(executor="process", max_retries=0)
 def fail_with_a_number() -> None:
     raise KeyError(404)
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise RuntimeError("not for anybody's eyes")
+
+
+@job(executor="process", max_retries=0)
+def fail_with_the_unspeakable() -> None:
+    raise ValueError(Unspeakable())
 
 
 @job(executor="process", discard_on=PartnerDown)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import gevent
 import pytest
 import running
 from waiting import eventually
@@ -232,6 +233,30 @@ def test_begin_of_each_attempt_is_told_with_its_number(
         (handle.id, "work", "default", 1),
         (handle.id, "work", "default", 2),
     ]
+
+
+def test_job_that_is_cancelled_while_a_handler_of_its_begin_waits_is_cancelled(database: running.Database) -> None:
+    told, ran = [], []
+
+    @job
+    def work() -> None:
+        ran.append(True)
+
+    def wait(event: AttemptStarted) -> None:
+        told.append(event)
+        gevent.sleep(running.PATIENCE_SECONDS / 2)
+
+    events.subscribe(wait, AttemptStarted)
+    try:
+        handle = work.delay()
+        with running.started(Runner().register(work)) as runner:
+            eventually(lambda: told, "not begun", seconds=running.PATIENCE_SECONDS)
+            assert handle.cancel() == "asked"
+            database.wait_for("true", count=0)
+            eventually(lambda: runner.running_jobs() == 0, "still running", seconds=running.PATIENCE_SECONDS)
+    finally:
+        events.unsubscribe(wait, AttemptStarted)
+    assert not ran
 
 
 def test_events_and_headers_are_there_in_inline_mode_too(

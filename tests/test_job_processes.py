@@ -145,6 +145,19 @@ def test_job_that_was_taken_away_writes_nothing(database: running.Database, ende
     assert database.column("SELECT text FROM notes") == []
 
 
+def test_transaction_completes_the_job_after_the_runner_has_got_another_session(
+    database: running.Database, ended: list[events.AttemptEnded], handle: RunnerHandle, tmp_path: Path
+) -> None:
+    enqueued = process_jobs.complete_when_told.delay(str(tmp_path))
+    eventually((tmp_path / "begun").exists, "not begun", seconds=60)
+    former = handle.runner_id
+    database.terminate_sessions("greenjobs session")
+    database.wait_for("id = %s AND claimed_by <> %s", enqueued.id, former)
+    (tmp_path / "go").touch()
+    eventually(lambda: {each.outcome for each in ended if each.id == enqueued.id} == {"done"}, "not done", seconds=60)
+    assert database.column("SELECT text FROM notes") == ["told"]
+
+
 def test_error_is_recorded_with_its_traceback(database: running.Database) -> None:
     assert error_of(process_jobs.speak.delay("fail")) == "PartnerDown: partner is down since 7"
     (errors,) = database.column("SELECT errors FROM background_jobs")
@@ -173,6 +186,10 @@ def test_error_of_a_class_that_is_unknown_here_is_stood_for() -> None:
     assert str(error) == "Error: of old"
 
 
+def test_error_that_cannot_be_shown_ends_no_process(database: running.Database) -> None:
+    assert error_of(process_jobs.fail_with_the_unspeakable.delay()).startswith("ValueError: ")
+
+
 def test_policy_of_the_job_decides_there(database: running.Database, ended: list[events.AttemptEnded]) -> None:
     process_jobs.be_discarded.delay()
     eventually(lambda: [each.outcome for each in ended] == ["discarded"], "not discarded", seconds=60)
@@ -198,6 +215,15 @@ def test_statement_of_a_job_that_timed_out_is_cancelled(database: running.Databa
     error_of(process_jobs.take_too_long.delay("sql"))
     statements = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%%' AND state = 'active'"
     eventually(lambda: database.value(statements) == 0, "the statement goes on", seconds=60)
+
+
+def test_timeout_that_comes_too_late_is_nobody_elses(database: running.Database, handle: RunnerHandle) -> None:
+    result(process_jobs.look.delay("before"))
+    (child,) = handle._blocking._processes._children
+    child._say({"do": "raise", "claim": [1, 1], "error": "JobTimeout", "text": "too late"})
+    process_jobs.sleep_in_the_database.delay()
+    database.wait_for("job_type = 'sleep_in_the_database' AND state <> 'failed'", count=0)
+    assert database.count("state = 'failed'") == 0
 
 
 def test_timeout_can_be_caught_to_end_well(database: running.Database) -> None:
@@ -288,6 +314,35 @@ def test_jobs_for_which_there_is_no_process_are_left_to_others(database: running
     assert database.count("state = 'available'") == 2
     first.cancel()
     database.wait_for("true", count=0)
+
+
+def test_job_whose_process_dies_before_it_begins_goes_to_one_that_waits(database_url: str, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    settings = {"app": "process_jobs", "job_processes": 2}
+    with running.application(database_url, **settings) as database, running.started(Runner().register(*JOBS)) as handle:
+        for folder in folders:
+            folder.mkdir()
+            process_jobs.sleep_until_told.delay(str(folder))
+        for folder in folders:
+            eventually((folder / "begun").exists, "not begun", seconds=60)
+            (folder / "go").touch()
+        database.wait_for("true", count=0)
+        idle = handle._blocking._processes._idle
+        eventually(lambda: len(idle) == 2, "not idle", seconds=60)
+        pid = idle[-1].pid
+        os.kill(pid, signal.SIGSTOP)
+        enqueued = process_jobs.look.delay("given to one that stands still")
+        eventually(lambda: len(idle) == 1, "not given out", seconds=60)
+        os.kill(pid, signal.SIGKILL)
+        assert result(enqueued)["pid"] != pid
+
+
+def test_process_that_is_to_end_and_does_not_is_killed(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("greenjobs.processes._END_SECONDS", 0.5)
+    settings = {"app": "process_jobs", "job_processes": 1, "max_jobs": 1}
+    with running.application(database_url, **settings) as database, running.started(Runner().register(*JOBS)):
+        process_jobs.leave_a_thread.delay_many([()] * 2)
+        database.wait_for("true", count=0)
 
 
 # --- the life of the processes ----------------------------------------------------------------------------------------

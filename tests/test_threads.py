@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -18,6 +19,7 @@ from waiting import eventually
 
 import greenjobs
 from greenjobs import current_job, events, job
+from greenjobs.annex import Annex
 from greenjobs.errors import JobDefinitionError
 from greenjobs.runner import Runner
 
@@ -118,6 +120,46 @@ def test_jobs_for_which_there_is_no_thread_are_left_to_others(database: running.
         may_end.append(True)
         database.wait_for("true", count=0)
     assert len(ran) == 14
+
+
+def test_exclusive_jobs_for_which_there_is_no_thread_keep_no_others_out(database: running.Database) -> None:
+    greenjobs.configure(database_url=database.url, threads=1, pool=5)
+    may_end = Event()
+
+    @job(executor="thread", overlap=False, overlap_key="{number}")
+    def exclude(number: int) -> None:
+        hold_until(may_end.is_set)
+
+    @job
+    def work() -> None: ...
+
+    exclude.delay_many([(number,) for number in range(10)])
+    with running.started(Runner().register(exclude, work)):
+        eventually(lambda: database.count("state = 'running'"), "not begun", seconds=running.PATIENCE_SECONDS)
+        work.delay_many([()] * 5)
+        database.wait_for("job_type = 'work'", count=0)
+        assert database.count("state = 'available'") == 9
+        may_end.set()
+        database.wait_for("true", count=0)
+
+
+def test_jobs_that_were_claimed_beyond_the_room_are_given_back(
+    database: running.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greenjobs.configure(database_url=database.url, threads=1)
+    may_end, room_of = Event(), Annex.room.__get__
+    # As after a move of jobs that are here already.
+    monkeypatch.setattr(Annex, "room", property(lambda annex: room_of(annex) if annex.busy else 3))
+
+    @job(executor="thread")
+    def work() -> None:
+        hold_until(may_end.is_set)
+
+    work.delay_many([()] * 3)
+    with running.started(Runner().register(work)):
+        database.wait_for("state = 'available' AND attempt > 0", count=2)
+        may_end.set()
+        database.wait_for("true", count=0)
 
 
 def test_waits_of_the_standard_library_are_those_of_the_thread(database: running.Database) -> None:
@@ -284,6 +326,24 @@ def test_timeout_is_raised_wherever_it_is(database: running.Database, how: Any) 
     assert (errors[0]["error"], errors[0]["message"]) == ("JobTimeout", "work ran for more than 0.2 s")
 
 
+def test_error_that_is_raised_just_when_the_job_begins_to_wait_reaches_it(
+    database: running.Database, ended: list[events.AttemptEnded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(call: Any, error: BaseException) -> None:
+        call._raise_where_it_computes(error)  # it does not any more, so that the error comes out in its loop
+        call.thread.tell(lambda: None)
+
+    monkeypatch.setattr("greenjobs.threads._ThreadCall.interrupt", interrupt)
+
+    @job(executor="thread", timeout=0.2)
+    def work() -> None:
+        time.sleep(running.PATIENCE_SECONDS / 2)
+
+    work.delay()
+    running.work_off(work)
+    assert [str(each.error) for each in ended] == ["work ran for more than 0.2 s"]
+
+
 def test_statement_of_a_job_that_timed_out_is_cancelled(database: running.Database) -> None:
     @job(executor="thread", timeout=0.2)
     def work() -> None:
@@ -293,6 +353,21 @@ def test_statement_of_a_job_that_timed_out_is_cancelled(database: running.Databa
     running.work_off(work)
     statements = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%' AND state = 'active'"
     eventually(lambda: database.value(statements) == 0, "the statement goes on", seconds=running.PATIENCE_SECONDS)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by Linux")
+def test_threads_end_with_the_runner(database: running.Database) -> None:
+    @job(executor="thread", timeout=0.2)
+    def work() -> None:
+        wait_in_psycopg2()  # which is cancelled in a thread of its own
+
+    def threads() -> set[str]:
+        return {path.name for path in Path("/proc/self/task").iterdir()}
+
+    before = threads()
+    work.delay_many([()] * 3)
+    running.work_off(work)
+    eventually(lambda: not threads() - before, "there are more threads", seconds=running.PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("how", [compute, lambda: time.sleep(60)], ids=["compute", "sleep"])
