@@ -6,7 +6,6 @@ Nothing here needs gevent. The worker says which attempt runs, in a context vari
 from __future__ import annotations
 
 import functools
-import json
 import traceback
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -15,7 +14,7 @@ from datetime import datetime, timezone
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from greenjobs import config
+from greenjobs import config, overrides
 from greenjobs.errors import NoCurrentJob
 from greenjobs.keeping import NO_RESULT
 from greenjobs.progress import JobLog, Progress, Recorder, Report
@@ -120,15 +119,15 @@ class Attempt:
         """How often the job may fail and be tried again; the call that enqueued it may have said otherwise than it."""
         if self.row.options is None:
             return self.job.max_retries
-        return int(json.loads(self.row.options).get("max_retries", self.job.max_retries))
+        return overrides.retries(self.row.options, self.job.max_retries)
 
     def timeouts(self) -> tuple[float | None, float | None] | None:
         """The soft and the hard timeout in seconds; None when there is neither."""
         policy = self.job.policy
         soft, hard = policy.timeout, policy.hard_timeout
         if self.row.options is not None:
-            overrides = json.loads(self.row.options)
-            soft, hard = overrides.get("timeout", soft), overrides.get("hard_timeout", hard)
+            said = overrides.read(self.row.options)
+            soft, hard = overrides.seconds(said, "timeout", soft), overrides.seconds(said, "hard_timeout", hard)
         return None if soft is None and hard is None else (soft, hard)
 
     def frame(self) -> FrameType | None:
@@ -217,22 +216,21 @@ class CurrentJob:
     @property
     def tick_at(self) -> datetime | None:
         """The tick of the schedule that enqueued it; None if no schedule did."""
-        options = _running().row.options
-        tick = None if options is None else json.loads(options).get("tick_at")
-        return None if tick is None else datetime.fromisoformat(tick)
+        try:
+            return datetime.fromisoformat(overrides.read(_running().row.options)["tick_at"])
+        except (KeyError, TypeError, ValueError):  # also what somebody else's SQL says
+            return None
 
     @property
     def schedule(self) -> dict[str, str] | None:
         """`name`, `cron` expression and `timezone` of the schedule that enqueued it, as they were; None if none did."""
-        options = _running().row.options
-        schedule = None if options is None else json.loads(options).get("schedule")
+        schedule = overrides.read(_running().row.options).get("schedule")
         return schedule if isinstance(schedule, dict) else None
 
     @property
     def headers(self) -> dict[str, str]:
         """What the enqueue gave the job to carry, such as the trace it belongs to; see greenjobs.surroundings."""
-        options = _running().row.options
-        headers = None if options is None else json.loads(options).get("headers")
+        headers = overrides.read(_running().row.options).get("headers")
         if not isinstance(headers, dict):  # somebody else's SQL may say anything
             return {}
         return {name: value for name, value in headers.items() if isinstance(value, str)}

@@ -6,12 +6,12 @@ Results are stored as arguments are: as JSON, by the annotation of what the func
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import orjson
 
+from greenjobs import overrides
 from greenjobs.durations import DURATION_FORMS, duration
 from greenjobs.errors import JobDefinitionError, OptionError, PayloadMismatch
 from greenjobs.shapes.annotations import AnnotationReader, resolve
@@ -34,9 +34,8 @@ def keep_seconds(declared: float, options: str | None) -> float:
     """For how long a job is kept whose row has these options: as they say, or as its `@job` does."""
     if options is None:
         return declared
-    keep = json.loads(options).get("keep", declared)
     try:
-        return duration(keep)
+        return duration(overrides.read(options).get("keep", declared))
     except (ValueError, OverflowError):  # somebody else's SQL
         return declared
 

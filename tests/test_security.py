@@ -202,6 +202,35 @@ def test_rows_that_strangers_wrote_are_data_whatever_they_say(database: running.
     greenjobs.configure(database_url=database.url)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("[]", "1", '"text"', "null", "[" * 2000 + "]" * 2000),
+        *('{"max_retries": "many"}', '{"max_retries": null}', '{"max_retries": -1}', '{"max_retries": 1e300}'),
+        *('{"timeout": "x"}', '{"timeout": -1}', '{"hard_timeout": []}', '{"timeout": true}'),
+        *('{"keep": {}}', '{"tick_at": 3}', '{"tick_at": "noon"}', '{"schedule": 1}', '{"headers": [1]}'),
+    ],
+    ids=lambda options: options[:24],
+)
+def test_options_that_make_no_sense_leave_things_to_the_job(options: str, database: running.Database) -> None:
+    """A row that cannot be settled would be held for as long as its runner lives."""
+    ran = []
+
+    @job(max_retries=3, backoff=3600)
+    def work(fails: bool) -> None:
+        assert (current_job.tick_at, current_job.schedule, current_job.headers) == (None, None, {})
+        ran.append(current_job.max_retries)
+        if fails:
+            raise ValueError("as ever")
+
+    for fails in ("true", "false"):
+        insert = "INSERT INTO background_jobs (job_type, data, options) VALUES ('work', %s, %s)"
+        database.rows(insert, f'{{"fails": {fails}}}', options)
+    running.work_off(work)
+    assert ran == [3, 3]
+    assert [(each.state, each.error) for each in jobs.find()] == [("scheduled", "ValueError: as ever")]
+
+
 _SQL = re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE|LISTEN|NOTIFY|GRANT|REVOKE|TRUNCATE|SET LOCAL|SAVEPOINT)\b")
 
 
