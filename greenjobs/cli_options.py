@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import click
 import psycopg2
 
-from greenjobs import config, logs
+from greenjobs import config, grants, logs, migrate
 from greenjobs.errors import GreenjobsError
 from greenjobs.supervisor import EXIT_MISTAKE
 
@@ -67,3 +67,11 @@ def show(text: str) -> None:
         logger.info("%s", text)
     else:
         click.echo(text, err=True)
+
+
+def apply_migrations(url: str, wanted: Sequence[grants.Grant] = ()) -> list[str]:
+    """Bring the tables up to date, give these rights, and print what was applied; returns that."""
+    applied = migrate.migrate(url, grants=wanted)
+    for label in applied:
+        click.echo(f"applied {label}")
+    return applied

@@ -14,7 +14,6 @@ import logging
 import os
 import time
 import traceback
-from collections import deque
 from collections.abc import Iterator
 from http import HTTPStatus
 from types import FrameType
@@ -36,10 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often the event loop is measured, and how long a measurement is remembered.
-_BEAT_SECONDS = 0.5
-_REMEMBERED_BEATS = 120
-
 # How long an answer of the database counts, and how long one is waited for.
 FRESH_SECONDS = 1.0
 DATABASE_SECONDS = 2.0
@@ -56,14 +51,14 @@ def serving(handle: RunnerHandle, address: str | None) -> Iterator[Server | None
     if address is None:
         yield None
         return
-    place, pulse, readiness = Address.parse(address), Pulse(), Readiness(handle)
+    place, readiness = Address.parse(address), Readiness(handle)
     routes: dict[str, Route] = {
-        "/livez": lambda request: live(handle, pulse),
+        "/livez": lambda request: live(handle),
         "/readyz": lambda request: readiness.answer(),
         "/metrics": lambda request: metrics(),
         "/jobs": lambda request: jobs(handle, request),
     }
-    with contextlib.closing(pulse), contextlib.closing(Server(place, routes)) as server:
+    with contextlib.closing(Server(place, routes)) as server:
         if not place.is_local:
             warn_of_openness(server.address)
         yield server
@@ -72,43 +67,15 @@ def serving(handle: RunnerHandle, address: str | None) -> Iterator[Server | None
 # --- alive ------------------------------------------------------------------------------------------------------------
 
 
-class Pulse:
-    """How late the event loop is: a greenlet sleeps for half a second at a time, and notes how much more it was."""
-
-    def __init__(self) -> None:
-        self._lags: deque[float] = deque([0.0], _REMEMBERED_BEATS)
-        self._greenlet = gevent.spawn(self._beat_for_ever)
-
-    @property
-    def lag_seconds(self) -> float:
-        """The last one."""
-        return self._lags[-1]
-
-    @property
-    def worst_lag_seconds(self) -> float:
-        """The worst of the last minute."""
-        return max(self._lags)
-
-    def close(self) -> None:
-        """Measure no more."""
-        self._greenlet.kill(block=False)
-
-    def _beat_for_ever(self) -> None:
-        while True:
-            due_at = time.monotonic() + _BEAT_SECONDS
-            gevent.sleep(_BEAT_SECONDS)
-            self._lags.append(max(time.monotonic() - due_at, 0.0))
-
-
-def live(handle: RunnerHandle, pulse: Pulse) -> Answer:
+def live(handle: RunnerHandle) -> Answer:
     """That the event loop turns, as whoever gets this answer can see; and how late it has been."""
     return Answer.of(
         {
             "alive": True,
             "runner": handle.name,
             "pid": os.getpid(),
-            "lag_seconds": round(pulse.lag_seconds, 4),
-            "worst_lag_seconds": round(pulse.worst_lag_seconds, 4),
+            "lag_seconds": round(handle.loop.lag, 4),
+            "worst_lag_seconds": round(max(handle.loop.lag, handle.loop.max_lag), 4),
             "running_jobs": handle.running_jobs(),
             "finished_jobs": handle.finished_jobs(),
         }

@@ -99,7 +99,6 @@ def test_page_has_every_outcome() -> None:
 
 def test_figures_of_the_page_are_those_of_the_code() -> None:
     assert prometheus._FRESH_SECONDS == 5
-    assert prometheus._BEAT_SECONDS * prometheus._REMEMBERED_BEATS == 30
     assert prometheus._REFRESH_SECONDS == 1
     assert (prometheus.BUCKETS[0], prometheus.BUCKETS[-1]) == (0.005, 3600)
 

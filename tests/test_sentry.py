@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -94,11 +95,11 @@ APPLICATION = """
 
     @job
     def held():
-        from types import SimpleNamespace
-        from greenjobs.contrib import sentry
-        for seconds in (2.5, 3.5):
-            event = SimpleNamespace(job_type="held", id=7, queue="default", seconds=seconds, stack="in held")
-            sentry._loop_held(event)
+        for _ in range(2):
+            until = time.perf_counter() + 1.2
+            while time.perf_counter() < until:
+                pass
+            time.sleep(0.01)
 
     @job
     def poison():
@@ -414,7 +415,8 @@ def test_slugs_are_what_sentry_takes_and_as_different_as_the_names() -> None:
 
 def test_retried_attempt_is_reported_as_a_warning_when_that_is_asked_for(chosen: Place) -> None:
     seen = [(event["level"], event["tags"]["outcome"]) for event in chosen.sentry.errors(job_type="twice")]
-    assert seen == [("warning", "retried"), ("error", "failed")]
+    # From two processes, in either order.
+    assert sorted(seen) == [("error", "failed"), ("warning", "retried")]
     assert chosen.sentry.errors(job_type="control") == []
 
 
@@ -447,8 +449,10 @@ def test_job_whose_runners_died_is_reported(chosen: Place) -> None:
 
 def test_loop_that_was_held_is_told_once_in_a_while_with_the_job_and_its_stack(chosen: Place) -> None:
     (event,) = [each for each in chosen.sentry.errors() if "held the event loop" in each.get("message", "")]
-    assert (event["level"], event["message"]) == ("warning", "job held held the event loop for 2.5 s")
-    assert (event["extra"]["stack"], event["contexts"]["job"]["id"]) == ("in held", 7)
+    assert event["level"] == "warning"
+    assert re.fullmatch(r"job held held the event loop for \d+\.\d s", event["message"])
+    assert "while time.perf_counter() < until" in event["extra"]["stack"]
+    assert event["contexts"]["job"]["id"] > 0
     assert event["tags"]["job_type"] == "held"
 
 

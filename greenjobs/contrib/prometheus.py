@@ -17,7 +17,6 @@ import os
 import platform
 import time
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +49,6 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 STATEMENT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 _REFRESH_SECONDS = 1.0
-
-# The event loop is measured so often, and the worst of so many measurements is shown: of 30 s, so that a scrape that
-# comes by every 15 or 30 s sees it.
-_BEAT_SECONDS = 0.25
-_REMEMBERED_BEATS = 120
 
 # What the database says counts for so long; longer where it took long to say, so that no more than a twentieth of the
 # time goes into counting rows.
@@ -189,7 +183,6 @@ class Watch:
         self._series: dict[tuple[str, str], _Series] = {}
         self._rescued = 0
         self._waits: dict[str, tuple[int, int, float]] = {}
-        self.lags: deque[float] = deque([0.0], _REMEMBERED_BEATS)
         self._greenlets: list[gevent.Greenlet[..., None]] = []
 
     def begin(self) -> None:
@@ -202,7 +195,7 @@ class Watch:
         for queue, worker in self.handle.workers.items():
             worker.measure(_Meters(self._series, queue))
         self.handle.on_outcomes_written.append(self._metrics.acknowledge_seconds.observe)
-        self._greenlets = [gevent.spawn(self._beat_for_ever), gevent.spawn(self._refresh_for_ever)]
+        self._greenlets = [gevent.spawn(self._refresh_for_ever)]
 
     def stop(self) -> None:
         """Hand on what is left, and measure no more."""
@@ -265,14 +258,6 @@ class Watch:
             self.flush()
             self._metrics.refresh(_watches)
 
-    def _beat_for_ever(self) -> None:
-        import gevent
-
-        while True:
-            due_at = time.monotonic() + _BEAT_SECONDS
-            gevent.sleep(_BEAT_SECONDS)
-            self.lags.append(max(time.monotonic() - due_at, 0.0))
-
 
 _watches: list[Watch] = []
 """Those that measure at this moment."""
@@ -322,12 +307,10 @@ class _RunnerMetrics:
             "greenjobs_runner_info", "Runners by what they are", ["version", "python_version", "session"]
         )
         self._lag = self._gauge(
-            "greenjobs_loop_lag_seconds", "How late the event loop was at worst in the last 30 seconds", mode="livemax"
+            "greenjobs_loop_lag_seconds", "How late the event loop was at worst in the last minute", mode="livemax"
         )
         self._shown: dict[tuple[Gauge, tuple[str, ...]], float] = {}
-        held = getattr(events, "LoopHeld", None)
-        if held is not None:
-            events.subscribe(lambda event: self.loop_held.labels(event.job_type or "").inc(), held)
+        events.subscribe(lambda event: self.loop_held.labels(event.job_type or "").inc(), events.LoopHeld)
         if not os.environ.get(FOLDER):
             REGISTRY.register(_database)
 
@@ -351,7 +334,7 @@ class _RunnerMetrics:
         for gauge, labels, value in (each for watch in watches for each in self._read(watch.handle)):
             now[gauge, labels] = now.get((gauge, labels), 0.0) + value
         for each in watches:
-            lag = max(lag, *each.lags)
+            lag = max(lag, each.handle.loop.max_lag)
         self._lag.set(lag)
         for (gauge, labels), value in now.items():
             gauge.labels(*labels).set(value)

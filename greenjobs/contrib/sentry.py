@@ -33,7 +33,7 @@ from greenjobs.contrib import sentry_events, sentry_spans
 from greenjobs.contrib.sentry_spans import JobSpan
 from greenjobs.current import current_job
 from greenjobs.errors import JobControl
-from greenjobs.events import AttemptEnded, AttemptStarted, RunnerEnded
+from greenjobs.events import AttemptEnded, AttemptStarted, LoopHeld, RunnerEnded
 from greenjobs.surroundings import Enqueue, surround, surround_enqueue
 
 __all__ = ["GreenjobsIntegration"]
@@ -67,9 +67,7 @@ class GreenjobsIntegration(Integration):
         events.subscribe(_attempt_started, AttemptStarted)
         events.subscribe(_attempt_ended)
         events.subscribe(_runner_ended, RunnerEnded)
-        loop_held = getattr(events, "LoopHeld", None)
-        if loop_held is not None:
-            events.subscribe(_loop_held, loop_held)
+        events.subscribe(_loop_held, LoopHeld)
         # It logs the failures that are reported here, with their tracebacks: each would be there twice.
         ignore_logger("greenjobs.execution")
 
@@ -263,7 +261,7 @@ _told_of_loop: dict[str | None, float] = {}
 _TELL_AGAIN_SECONDS = 60.0
 
 
-def _loop_held(event: Any) -> None:
+def _loop_held(event: LoopHeld) -> None:
     now = time.monotonic()
     if _integration() is None or now - _told_of_loop.get(event.job_type, -math.inf) < _TELL_AGAIN_SECONDS:
         return

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from greenjobs.doctor.case import Case
 from greenjobs.doctor.finding import Verdict, ok, warn
 
-_THREADS = "call it by gevent.get_hub().threadpool.apply(function, args), or give its jobs a runner of their own"
+_THREADS = 'declare its jobs with @job(executor="thread")'
 _FIRST_COOPERATIVE_PSYCOPG = (3, 1, 14)
 
 
