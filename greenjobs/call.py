@@ -167,7 +167,7 @@ class Call(Generic[P]):
         pool, storage = database_rooms()
         if current.stage is not None:  # in the tests of an application
             new = self._new_jobs(storage, data)
-            handles: list[JobHandle] = current.stage.enqueue(self._job, new, connection=self._options.connection)
+            handles: list[JobHandle] = current.stage.enqueue(self._job, new, connection=given)
             return handles
         try:
             if given is not None:
@@ -203,10 +203,10 @@ class Call(Generic[P]):
         the application; None for a connection of ours. A Hold, where the application has jobs held."""
         if self._options.connection is not None:
             return self._options.connection
-        if self._options.independent or current.stage is not None:
+        if self._options.independent:
             return None
         given = joined()
-        if given is None and current.ambient is not None:
+        if given is None and current.ambient is not None and current.stage is None:
             given = current.ambient(lender(settings).database_url, self._job.name)
         return given
 

@@ -14,7 +14,7 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import gevent
@@ -44,6 +44,10 @@ class CompletingPlace(Protocol):
     @property
     def runner_ids(self) -> Sequence[int]:
         """The ids under which this process may have claimed the job."""
+
+    @property
+    def lends(self) -> Callable[[], lending.JobPool] | None:
+        """What lends connections to the job, if it is not the pool for it."""
 
 
 class CompletingJob(Protocol):
@@ -99,6 +103,11 @@ class Transaction:
         """Whether the job has completed."""
         return self._state is _State.COMMITTED
 
+    @property
+    def result(self) -> Any:
+        """What the block was given as result; NO_RESULT without."""
+        return self._result
+
     def joined(self) -> Any:
         """What to enqueue on here, for it to be part of this transaction; None when it is not open, or not here."""
         if self._state is not _State.OPEN or not _is_here(self._attempt):
@@ -126,11 +135,9 @@ class Transaction:
     def __enter__(self) -> Any:
         self._refuse_misuse()
         if self._given is None:
-            self._pool = lending.job_pool(config.current(), self._attempt.place.pool.database_url)
-            connection = self._pool.take()
-            assert isinstance(connection, lending.JobConnection)
-            connection.is_completing = True
-            self._lent = connection
+            self._pool = lending.pool_at(self._attempt.place)
+            self._lent = self._pool.take()
+            self._lent.is_completing = True
         else:
             self._block = djangodb.begin(self._given)
             try:

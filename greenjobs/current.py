@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from greenjobs.completion import Transaction
     from greenjobs.elsewhere import CompletedElsewhere, ElsewhereCall
     from greenjobs.keeping import ResultCodec
+    from greenjobs.lending import JobPool
     from greenjobs.policy import Policy
     from greenjobs.pool import ConnectionPool
     from greenjobs.storage import ClaimedJob, NewJobs
@@ -52,7 +53,8 @@ class Place:
     """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on.
 
     `runner_ids` are those under which this process may have claimed its jobs; they become more. `recorder` writes what
-    the jobs say of themselves; nobody does where it is None. `surroundings` are entered around each attempt.
+    the jobs say of themselves; nobody does where it is None. `surroundings` are entered around each attempt. `lends`
+    says what lends connections to the code of jobs, where that is not the pool for it, as in a test.
     """
 
     queue: str
@@ -61,6 +63,7 @@ class Place:
     runner_ids: Sequence[int] = ()
     recorder: Recorder | None = None
     surroundings: tuple[Callable[[], AbstractContextManager[Any]], ...] = ()
+    lends: Callable[[], JobPool] | None = None
 
 
 class Declaration(Protocol):
@@ -329,6 +332,13 @@ class Stage(Protocol):
     def lender(self, settings: config.Settings) -> ConnectionPool:
         """The connections of whoever is not inside a job."""
 
+    @property
+    def is_unseen(self) -> bool:
+        """Whether no runner sees the jobs that are stored."""
+
+    def job_pool(self, settings: config.Settings) -> JobPool:
+        """What lends connections to the code of jobs, and to whoever else asks for one."""
+
 
 #: Nothing, wherever jobs are not tested. Of the whole process, for a view may be tested that runs in another thread.
 stage: Stage | None = None
@@ -352,8 +362,10 @@ def connection() -> AbstractContextManager[Connection]:
     from greenjobs import lending
 
     attempt = _attempt.get(None)
-    database_url = None if attempt is None else attempt.place.pool.database_url
-    return lending.Lent(lending.job_pool(config.current(), database_url))
+    if attempt is not None:
+        return lending.Lent(lending.pool_at(attempt.place))
+    settings = config.current()
+    return lending.Lent(lending.job_pool(settings) if stage is None else stage.job_pool(settings))
 
 
 def joined() -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gevent.event import Event
 
+from greenjobs.keeping import NO_RESULT
 from greenjobs.policy import Verdict
 
 
@@ -54,6 +55,7 @@ class CompletedElsewhere:
     """In place of the transaction in which a job has completed that ran in another process."""
 
     is_committed = True
+    result = NO_RESULT  # it was written there, too
 
     def end(self) -> None:
         """It was looked at there."""

@@ -7,6 +7,8 @@ hold up other jobs that want one, and nothing else.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Protocol
 
 import psycopg2
 from psycopg2 import errors, extensions
@@ -26,21 +28,29 @@ class JobConnection(PlanningConnection):
 
     def commit(self) -> None:
         """Commit; refused in a block that does it at its end."""
-        self._refuse("commit")
+        refuse_to_end(self, "commit")
         super().commit()
 
     def rollback(self) -> None:
         """Roll back; refused in a block that does it at its end."""
-        self._refuse("rollback")
+        refuse_to_end(self, "rollback")
         super().rollback()
 
-    def _refuse(self, what: str) -> None:
-        if self.is_completing:
-            raise CompletionError(
-                f"{what}() in a block of current_job.transaction(): what the block does and the end of the job are one "
-                f"transaction, which ends with the block; raise an error to roll it back, use SAVEPOINT for a part of "
-                f"it, and greenjobs.connection() for what is not to be in it"
-            )
+
+class Completing(Protocol):
+    """What may be lent to a block of `current_job.transaction()`, and then is_completing."""
+
+    is_completing: bool
+
+
+def refuse_to_end(connection: Completing, what: str) -> None:
+    """Raise CompletionError while it is for the block alone to commit and roll back."""
+    if connection.is_completing:
+        raise CompletionError(
+            f"{what}() in a block of current_job.transaction(): what the block does and the end of the job are one "
+            f"transaction, which ends with the block; raise an error to roll it back, use SAVEPOINT for a part of "
+            f"it, and greenjobs.connection() for what is not to be in it"
+        )
 
 
 class JobPool(ConnectionPool):
@@ -48,9 +58,10 @@ class JobPool(ConnectionPool):
 
     connection_type = JobConnection
 
-    def take(self) -> PlanningConnection:
+    def take(self) -> JobConnection:
         """As in any pool; but with autocommit off."""
         connection = super().take()
+        assert isinstance(connection, JobConnection)
         if connection.autocommit:  # fresh
             connection.autocommit = False
         return connection
@@ -133,3 +144,20 @@ def job_pool(settings: config.Settings, database_url: str | None = None) -> JobP
         # Of two that race here, both use the one that was stored first.
         pool = _job_pools.setdefault(url, pool)
     return pool
+
+
+class LendingPlace(Protocol):
+    """What is needed to know of where a job runs."""
+
+    @property
+    def pool(self) -> ConnectionPool:
+        """A pool of the database that has the jobs."""
+
+    @property
+    def lends(self) -> Callable[[], JobPool] | None:
+        """What lends connections instead, as in a test."""
+
+
+def pool_at(place: LendingPlace) -> JobPool:
+    """What lends connections to the code of a job that runs there."""
+    return job_pool(config.current(), place.pool.database_url) if place.lends is None else place.lends()

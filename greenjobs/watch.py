@@ -19,7 +19,7 @@ import psycopg2
 from psycopg2 import errors
 from psycopg2.extensions import TRANSACTION_STATUS_INTRANS
 
-from greenjobs import config, history, storage
+from greenjobs import config, current, history, storage
 from greenjobs.current import lender
 from greenjobs.errors import DatabaseUnavailable, JobNotCommitted, JobNotEnded, SchemaError
 from greenjobs.history import Look, Status
@@ -76,6 +76,13 @@ def wait(id: int, *, timeout: float | None, inside: Inside | None = None) -> Loo
             f"job {id} cannot end while you wait: it was enqueued in a transaction that is still open, and no runner "
             f"sees it before that is committed; commit, and wait then",
             id=id,
+        )
+    if not seen.has_ended and current.stage is not None and current.stage.is_unseen:
+        raise JobNotEnded(
+            f"job {id} ({seen.job_type}) is {seen.status}, in the transaction of the test, where no runner sees it; "
+            f"testing.drain() runs it",
+            id=id,
+            status=seen.status,
         )
     if not seen.has_ended and deadline > time.monotonic():
         seen = _watch(id, seen, deadline)

@@ -501,6 +501,28 @@ def test_jobs_of_a_test_are_worked_off_in_its_transaction(database: running.Data
     assert (database.count(), Order.objects.count()) == (0, 0)
 
 
+def test_job_of_a_test_is_lent_a_part_of_its_transaction(database: running.Database) -> None:
+    table = Order._meta.db_table
+
+    @job
+    def confirm(order_id: int) -> None:
+        with greenjobs.connection() as lent, lent.cursor() as cursor:
+            cursor.execute(f"UPDATE {table} SET customer = 'seen' WHERE id = %s", (order_id,))
+        with contextlib.suppress(ValueError), current_job.transaction() as own, own.cursor() as cursor:
+            cursor.execute(f"UPDATE {table} SET customer = 'never' WHERE id = %s", (order_id,))
+            raise ValueError
+        assert Order.objects.get(pk=order_id).customer == "seen"
+        with current_job.transaction() as own, own.cursor() as cursor:
+            cursor.execute(f"UPDATE {table} SET customer = 'confirmed' WHERE id = %s", (order_id,))
+
+    with transaction.atomic(), testing.using(connection):
+        confirm.delay(Order.objects.create(customer="Ann").pk)
+        testing.drain()
+        assert (Order.objects.get().customer, testing.enqueued_jobs()) == ("confirmed", [])
+        transaction.set_rollback(True)
+    assert (database.count(), Order.objects.count()) == (0, 0)
+
+
 def test_handle_of_a_job_that_failed_in_a_test_tells_so(database: running.Database) -> None:
     """Django has its connections leave jsonb as text."""
 

@@ -16,6 +16,7 @@ import psycopg2
 import psycopg2.extras
 import pytest
 from running import Database, application, work_off
+from waiting import eventually
 
 import greenjobs
 from greenjobs import Discard, Retry, Snooze, current_job, events, job, jobs, testing
@@ -274,6 +275,14 @@ def test_recorded_job_for_later_says_when(no_database: None) -> None:
         testing.assert_enqueued(note, run_at=tomorrow, count=1)
         testing.assert_enqueued(note, run_at=datetime.now(timezone.utc) + timedelta(hours=1), count=1)
     assert [each.state for each in recorded.jobs] == ["scheduled", "scheduled"]
+
+
+def test_options_of_a_recorded_job_are_those_of_the_call(no_database: None) -> None:
+    note, _ = declare_recorder(keep="1d")
+    with testing.recording() as mode:
+        note.delay()
+        note.options(keep="2h", timeout=5).delay()
+    assert [call.options for call in mode.jobs] == [{}, {"keep": 7200.0, "timeout": 5}]
 
 
 def test_recorded_job_can_be_cancelled_once(no_database: None) -> None:
@@ -605,7 +614,7 @@ def test_drain_leaves_no_session_and_no_living_runner(database: Database) -> Non
     note.delay()
     testing.drain()
     assert database.value("SELECT count(*) FROM background_runners WHERE ended_at IS NULL") == 0
-    assert "greenjobs testing" not in database.sessions()
+    eventually(lambda: "greenjobs testing" not in database.sessions(), "the session is gone from the server")
 
 
 def test_drain_in_a_job_that_a_drain_runs_takes_the_others(database: Database) -> None:
@@ -914,7 +923,7 @@ def test_rolled_back_brings_its_own_connection(database: Database) -> None:
     assert connection.closed
     assert seen == ["gone"]
     assert database.count() == 0
-    assert database.sessions().count("greenjobs testing") == 0
+    eventually(lambda: "greenjobs testing" not in database.sessions(), "the connection is closed on the server, too")
 
 
 def test_outside_of_all_modes_nothing_is_different(database: Database) -> None:

@@ -6,12 +6,25 @@ Nothing here is committed by itself: the connection may be one whose transaction
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from greenjobs.storage.fence import Fence
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
+
+
+_ELAPSED = """
+SELECT date_part('epoch', clock_timestamp() - now())
+"""
+
+
+def elapsed(connection: Connection) -> float:
+    """For how many seconds now() has stood still, as it does in a transaction."""
+    with connection.cursor() as cursor:
+        cursor.execute(_ELAPSED)
+        (seconds,) = cursor.fetchone() or (0.0,)
+    return float(seconds)
 
 
 _RIPEN = """
@@ -117,38 +130,61 @@ def undone(connection: Connection, ended: Sequence[tuple[Fence, int]]) -> set[Fe
         return {Fence._make(row) for row in cursor.fetchall()}
 
 
-# A row that is written says in which subtransaction: that is how to know which savepoint is the innermost.
-_TOUCH = """
+class Claim(NamedTuple):
+    """The rows of a job and of its runner."""
+
+    job_id: int
+    runner: int
+
+
+# A row that is written says in which subtransaction: that is how to know which savepoint is the innermost. That of a
+# job may have ended; that of the runner is there, but every version of it makes the next one dearer.
+_TOUCH_JOB = """
 UPDATE background_jobs
 SET claimed_at = claimed_at
-WHERE id = %(id)s
+WHERE id = %(job_id)s
+RETURNING xmin::text
+"""
+
+_TOUCH_RUNNER = """
+UPDATE background_runners
+SET pid = pid
+WHERE id = %(runner)s
 RETURNING xmin::text
 """
 
 
-def set_savepoint(connection: Connection, job_id: int) -> str | None:
+def set_savepoint(connection: Connection, claim: Claim, name: str = "greenjobs_attempt") -> str | None:
     """Mark the place in the transaction that `back_to_savepoint` goes back to; returns what `drop_savepoint` takes."""
-    _do(connection, "SAVEPOINT greenjobs_attempt")
-    return _touch(connection, job_id)
+    _do(connection, f"SAVEPOINT {name}")
+    return _touch(connection, claim)
 
 
-def drop_savepoint(connection: Connection, job_id: int, mark: str | None) -> None:
+def drop_savepoint(connection: Connection, claim: Claim, mark: str | None, name: str = "greenjobs_attempt") -> None:
     """Forget the place, unless it is gone, or later savepoints would go with it, such as those of a session that the
-    job began and the test goes on with. Those that stay make every look at a row a little slower."""
-    if mark is not None and _touch(connection, job_id) == mark:
-        _do(connection, "RELEASE SAVEPOINT greenjobs_attempt")
+    job began and the test goes on with. Those that stay make every look at a row slower."""
+    if mark is not None and _touch(connection, claim) == mark:
+        forget_savepoint(connection, name)
 
 
-def back_to_savepoint(connection: Connection) -> None:
+def back_to_savepoint(connection: Connection, name: str = "greenjobs_attempt") -> None:
     """Undo what was done since, if the savepoint is still there; raises InvalidSavepointSpecification if not."""
-    _do(connection, "ROLLBACK TO SAVEPOINT greenjobs_attempt")
+    _do(connection, f"ROLLBACK TO SAVEPOINT {name}")
 
 
-def _touch(connection: Connection, job_id: int) -> str | None:
+def forget_savepoint(connection: Connection, name: str) -> None:
+    """Forget a savepoint, and all that are later."""
+    _do(connection, f"RELEASE SAVEPOINT {name}")
+
+
+def _touch(connection: Connection, claim: Claim) -> str | None:
     with connection.cursor() as cursor:
-        cursor.execute(_TOUCH, {"id": job_id})
-        row = cursor.fetchone()
-        return None if row is None else str(row[0])
+        for statement in (_TOUCH_JOB, _TOUCH_RUNNER):
+            cursor.execute(statement, claim._asdict())
+            row = cursor.fetchone()
+            if row is not None:
+                return str(row[0])
+    return None
 
 
 def _do(connection: Connection, statement: str) -> None:

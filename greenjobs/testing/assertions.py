@@ -20,6 +20,7 @@ from greenjobs.testing.records import (
     expected_arguments,
     fits,
     known_job,
+    options_of_call,
     readable_arguments,
     require_no_clash,
 )
@@ -153,7 +154,7 @@ def _of_row(row: StoredJob) -> EnqueuedJob:
         priority=row.priority,
         run_at=row.run_at,
         state="scheduled" if row.state == "scheduled" else "available",
-        options=row.options or {},
+        options=options_of_call(known_job(row.job_type), row.options),
     )
 
 

@@ -9,7 +9,7 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, cast
 
-from greenjobs import config, current, events, surroundings
+from greenjobs import config, current, events, lending, surroundings
 from greenjobs.call import Call
 from greenjobs.control import Retry
 from greenjobs.current import Attempt, Place, database_rooms, enter_attempt
@@ -90,20 +90,31 @@ def perform(
     return ran
 
 
-def run_attempt(
-    job: Job[..., Any], row: ClaimedJob, queue: str, context: Any, *, runner_ids: Sequence[int] = ()
-) -> Ran:
-    """Run this attempt, in a context of its own, and tell whom it may concern; writes nothing.
+def run_attempt(job: Job[..., Any], row: ClaimedJob, queue: str, context: Any) -> Ran:
+    """Make an attempt of a job that is nowhere stored; see `make`."""
+    return make(new_attempt(job, row, queue, context))
 
-    It is surrounded as in a runner of the application that is active here, or of the one that was set up last.
-    `runner_ids` are those that may have claimed it: none where it is not stored. Timeouts are not enforced: only a
-    runner can interrupt a job. What ends the test and not the job, such as KeyboardInterrupt and pytest's own, is
-    raised.
+
+def new_attempt(
+    job: Job[..., Any], row: ClaimedJob, queue: str, context: Any, *, runner_ids: Sequence[int] = ()
+) -> Attempt:
+    """An attempt, surrounded as in a runner of the application that is active here, or of the one that was set up last.
+
+    `runner_ids` are those that may have claimed it: none where it is not stored.
     """
     of_application = surroundings.of_application
     around = (*surroundings.everywhere, *(of_application() if of_application is not None else ()))
-    place = Place(queue, context, cast("Any", AMBIENT), runner_ids, surroundings=around)
-    return Context().run(_run, Attempt(job, row, place, None))
+    place = Place(queue, context, cast("Any", AMBIENT), runner_ids, surroundings=around, lends=_job_pool)
+    return Attempt(job, row, place, None)
+
+
+def make(attempt: Attempt) -> Ran:
+    """Make it, in a context of its own, and tell whom it may concern; writes nothing.
+
+    Timeouts are not enforced: only a runner can interrupt a job. What ends the test and not the job, such as
+    KeyboardInterrupt and pytest's own, is raised.
+    """
+    return Context().run(_run, attempt)
 
 
 def new_row(new: NewJobs, data: str, *, id: int | None = None, retries: int = 0) -> ClaimedJob:
@@ -189,6 +200,11 @@ class _Ambient:
             return current.stage.lender(settings).connection()
         pool, _ = database_rooms()
         return pool.shared_pool(settings).connection()
+
+
+def _job_pool() -> lending.JobPool:
+    settings = config.current()
+    return lending.job_pool(settings) if current.stage is None else current.stage.job_pool(settings)
 
 
 AMBIENT = _Ambient()

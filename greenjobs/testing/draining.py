@@ -21,9 +21,10 @@ from greenjobs.job import Job, check_queue_name, registered_jobs
 from greenjobs.statement import PlanningConnection
 from greenjobs.storage import ClaimedJob, Fence, rehearsal
 from greenjobs.testing import ledger
-from greenjobs.testing.attempts import Ran, run_attempt
+from greenjobs.testing.attempts import Ran, make, new_attempt
 from greenjobs.testing.ledger import is_aborted
-from greenjobs.testing.modes import ahead, joined, memory, plain_rows, travel
+from greenjobs.testing.lent import plain_rows
+from greenjobs.testing.modes import ahead, joined, memory, travel
 from greenjobs.testing.tables import tables_needed
 from greenjobs.version import __version__
 
@@ -70,7 +71,7 @@ def drain(
                 seconds = rehearsed.ripen_next()
                 if seconds is None:
                     return ran
-                clock.move(max(timedelta(seconds=seconds) - clock.ahead, timedelta()))
+                clock.move(timedelta(seconds=max(seconds - _ahead_seconds(), 0.0)))
                 continue
             if row is None:
                 return ran
@@ -126,18 +127,20 @@ class _Rehearsal:
         try:
             with self._shared(row):
                 job, ids = self._jobs[row.job_type], [self._runner]
-                ran = run_attempt(job, row, self._claimed_from, self._context, runner_ids=ids)
+                attempt = new_attempt(job, row, self._claimed_from, self._context, runner_ids=ids)
+                ran = make(attempt)
         except BaseException:
             if not self._connection.closed and not is_aborted(self._connection):
                 self.give_back(row)
             raise
         if self._joined is not None and isinstance(ran.error, JobLost):
             raise DrainError(
-                f"job {row.id} ({row.job_type}) completes in a transaction of its own, on another connection than the "
-                f"test is using, where the job cannot be found; have it say current_job.transaction(connection) with "
-                f"this one, or with a session on it, or drain without testing.using"
+                f"job {row.id} ({row.job_type}) was not to be found where it completes: it gave "
+                f"current_job.transaction() another connection than the test is using, or has rolled a session back "
+                f"to a savepoint from before it was claimed; give it no connection, or this one, or a session on it, "
+                f"or drain without testing.using"
             ) from ran.error
-        entry = ledger.ended(self._runner, row, ran, ahead_seconds=_ahead_seconds())
+        entry = ledger.ended(self._runner, attempt, ran, ahead_seconds=_ahead_seconds())
         with plain_rows(self._connection) as connection:
             is_held = ledger.write(connection, entry)
             if self._joined is not None:
@@ -157,10 +160,10 @@ class _Rehearsal:
         if self._joined is None:
             yield
             return
-        connection = self._connection
+        connection, claim = self._connection, rehearsal.Claim(row.id, self._runner)
         with plain_rows(connection):
             before = storage.transaction_id(connection)
-            mark = rehearsal.set_savepoint(connection, row.id)
+            mark = rehearsal.set_savepoint(connection, claim)
         yield
         if connection.closed:
             raise DrainError(f"job {row.id} ({row.job_type}) closed the connection that the test is using")
@@ -178,11 +181,13 @@ class _Rehearsal:
                     f'transaction with savepoints, such as SQLAlchemy\'s join_transaction_mode="create_savepoint", or '
                     f"drain without testing.using"
                 )
-            rehearsal.drop_savepoint(connection, row.id, mark)
+            rehearsal.drop_savepoint(connection, claim, mark)
 
 
 def _ahead_seconds() -> float:
-    return ahead(current.stage).total_seconds()
+    """By how much the clock of the test is ahead of now()."""
+    test = joined()
+    return ahead(current.stage).total_seconds() + (0.0 if test is None else test.elapsed_seconds())
 
 
 @contextlib.contextmanager

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from psycopg2 import extensions, extras
-
-from greenjobs import config, current, pool, storage
+from greenjobs import config, current, lending, pool, storage
 from greenjobs.current import lender
 from greenjobs.errors import JobNotEnded, OptionError
 from greenjobs.handle import Action, JobHandle
 from greenjobs.history import Look, Status
 from greenjobs.job import Job
-from greenjobs.storage import NewJobs
+from greenjobs.storage import NewJobs, rehearsal
 from greenjobs.testing import ledger
 from greenjobs.testing.attempts import Ran, new_row, next_id, run_attempt
-from greenjobs.testing.records import EnqueuedJob, readable_arguments
+from greenjobs.testing.lent import SharedPool, plain_rows
+from greenjobs.testing.records import EnqueuedJob, options_of_call, readable_arguments
 from greenjobs.testing.tables import tables_needed
 
 if TYPE_CHECKING:
@@ -52,13 +51,23 @@ class _Stage:
     def lender(self, settings: config.Settings) -> pool.ConnectionPool:
         return pool.shared_pool(settings) if self.outer is None else self.outer.lender(settings)
 
+    @property
+    def is_unseen(self) -> bool:
+        return self.outer is not None and self.outer.is_unseen
+
+    def job_pool(self, settings: config.Settings) -> lending.JobPool:
+        return lending.job_pool(settings) if self.outer is None else self.outer.job_pool(settings)
+
 
 def _store(job: Job[..., Any], new: NewJobs, given: Any) -> list[JobHandle]:
     """Enqueue as outside of tests, but for the clock; in one statement, however many they are."""
-    new, settings = _by_the_clock(new), config.current()
+    new, settings, test = _by_the_clock(new), config.current(), joined()
+    named = None if given is None else pool.raw_connection(given)
+    if test is not None and new.run_at is None and new.delay_seconds and (named is None or test.is_behind(named)):
+        new = new._replace(delay_seconds=new.delay_seconds + test.elapsed_seconds())
     with tables_needed():
-        if given is not None:
-            enqueued = storage.enqueue_inside(pool.raw_connection(given), [new])
+        if named is not None:
+            enqueued = storage.enqueue_inside(named, [new])
         else:
             with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
                 enqueued = storage.enqueue(connection, [new])
@@ -256,7 +265,7 @@ def _enqueued(job: Job[..., Any], new: NewJobs, data: str, *, id: int) -> Enqueu
         priority=new.priority,
         run_at=run_at,
         state="scheduled" if is_later else "available",
-        options=json.loads(new.options) if new.options is not None else {},
+        options=options_of_call(job, None if new.options is None else json.loads(new.options)),
     )
 
 
@@ -267,6 +276,7 @@ class _Joined(_Stage):
     """All is done in the transaction of one connection, which stands for the pool of the process."""
 
     stores = True
+    is_unseen = True
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
@@ -276,8 +286,22 @@ class _Joined(_Stage):
     def enqueue(self, job: Job[..., Any], new: NewJobs, *, connection: Any) -> list[JobHandle]:
         return _store(job, new, self.connection if connection is None else connection)
 
+    def is_behind(self, connection: Connection) -> bool:
+        """Whether this is the connection, or a part of its transaction that was lent."""
+        return connection.get_backend_pid() == self.connection.get_backend_pid()
+
+    def elapsed_seconds(self) -> float:
+        """By how much the clock is ahead of the transaction, where it is always the time of its beginning."""
+        if ledger.is_aborted(self.connection):
+            return 0.0
+        with plain_rows(self.connection) as connection:
+            return rehearsal.elapsed(connection)
+
     def lender(self, settings: config.Settings) -> Any:
         return _Lender(self)
+
+    def job_pool(self, settings: config.Settings) -> Any:
+        return SharedPool(self.connection)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,24 +313,6 @@ class _Lender:
         with plain_rows(self.of.connection) as connection:
             ledger.write_again(connection, self.of.ended)
             yield connection
-
-
-class _PlainCursor(extensions.cursor):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Django has the connections of its own leave jsonb as text.
-        extras.register_default_jsonb(self)
-
-
-@contextlib.contextmanager
-def plain_rows(connection: Connection) -> Iterator[Connection]:
-    """Have the cursors of a connection return tuples, and JSON as Python has it, whatever its owner has chosen."""
-    factory = connection.cursor_factory
-    connection.cursor_factory = _PlainCursor
-    try:
-        yield connection
-    finally:
-        connection.cursor_factory = factory
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ _LONGEST_VALUE = 200
 class EnqueuedJob:
     """A job that was enqueued. `args` are the arguments that were passed, by name, as the job will get them.
 
-    `options` are what the call said otherwise than the job: `max_retries`, `timeout`, `hard_timeout`.
+    `options` are what the call said otherwise than the job: `max_retries`, `timeout`, `hard_timeout`, `keep`.
     """
 
     id: int
@@ -39,6 +39,12 @@ class EnqueuedJob:
         told += [f"run_at {self.run_at.isoformat(' ', 'seconds')}"] if self.state == "scheduled" else []
         told += [f"{name} {value}" for name, value in self.options.items()]
         return f"{describe_call(self.job_type, self.args)}  {', '.join(told)}"
+
+
+def options_of_call(job: Job[..., Any] | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the row says that the call said; for how long the job is kept is there always."""
+    declared = {} if job is None else {"keep": job.keep}
+    return {name: value for name, value in (options or {}).items() if declared.get(name) != value}
 
 
 def describe_call(job_type: str, args: Mapping[str, Any]) -> str:
