@@ -5,6 +5,7 @@ Nothing here imports it: what a caller hands over can only be one of its objects
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -24,15 +25,35 @@ def driver_connection(given: Any) -> Any:
     psycopg2, or where a transaction that is begun here could not be committed by the caller; and SQLAlchemy's own
     errors, such as PendingRollbackError.
     """
+    connection = _connection_of(given)
+    return None if connection is None else _of_connection(connection)
+
+
+def forget_if_broken(given: Any) -> None:
+    """After an error of ours: where the driver's connection behind this has broken, have SQLAlchemy forget it, as it
+    would have done after an error of its own. Otherwise it fails to roll back there when a request ends, and the scoped
+    session stays. Nothing for anything else; raises nothing, for the error comes first.
+    """
+    failures = sys.modules.get("sqlalchemy.exc")
+    if failures is None:
+        return
+    with contextlib.suppress(failures.SQLAlchemyError):
+        connection = _connection_of(given)
+        if connection is not None and _driver_connection_of(connection).closed:
+            connection.invalidate()
+
+
+def _connection_of(given: Any) -> Any:
+    """SQLAlchemy's connection; that of a session is taken, if it has none yet."""
     orm, engine = sys.modules.get("sqlalchemy.orm"), sys.modules.get("sqlalchemy.engine")
     if orm is not None and isinstance(given, orm.scoped_session):
         given = given()
     if orm is not None and isinstance(given, orm.Session):
         _require_psycopg2(_bind_of(given), given)
-        return _of_connection(given.connection())
+        return given.connection()
     if engine is not None and isinstance(given, engine.Connection):
         _require_psycopg2(given, given)
-        return _of_connection(given)
+        return given
     return None
 
 
@@ -62,5 +83,9 @@ def _of_connection(connection: Any) -> Any:
             )
         # As the first statement of SQLAlchemy's own would; without it, connection.commit() would commit nothing.
         connection.begin()
+    return _driver_connection_of(connection)
+
+
+def _driver_connection_of(connection: Any) -> Any:
     lent = connection.connection
     return lent.dbapi_connection if hasattr(lent, "dbapi_connection") else lent.connection

@@ -174,7 +174,11 @@ class Call(Generic[P]):
                 connection = pool.raw_connection(given)
                 # In autocommit every statement commits by itself, so all or nothing takes a single one.
                 batches = self._batches(storage, data, len(data) if connection.autocommit else BATCH_SIZE)
-                enqueued = storage.enqueue_inside(connection, batches)
+                try:
+                    enqueued = storage.enqueue_inside(connection, batches)
+                except BaseException:
+                    pool.forget_if_broken(given)
+                    raise
             else:
                 with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
                     enqueued = storage.enqueue(connection, self._batches(storage, data, BATCH_SIZE))

@@ -49,6 +49,11 @@ def plain_errors() -> Iterator[None]:
         yield
     except GreenjobsError as error:
         _complain(str(error))
+    except psycopg2.errors.InsufficientPrivilege as error:
+        _complain(
+            f"the database says: {str(error).strip()}; the owner of the tables can give the role its rights, with "
+            f"`greenjobs migrate --grant run=ROLE`, or read=ROLE where it is only to look"
+        )
     except psycopg2.Error as error:
         _complain(f"the database says: {str(error).strip()}")
 

@@ -143,6 +143,7 @@ class Transaction:
             try:
                 self._number = storage.transaction_id(self._shared())
             except BaseException:
+                pool.forget_if_broken(self._given)
                 if self._block is not None:
                     self._block.rollback()
                 raise
@@ -263,6 +264,7 @@ class Transaction:
         self._attempt.completion = None
         try:
             if self._lent is None:
+                pool.forget_if_broken(self._given)
                 # What went wrong first is what the job has to hear of.
                 with contextlib.suppress(Exception):
                     self._end_given("rollback")

@@ -19,6 +19,7 @@ from greenjobs import config
 from greenjobs.errors import NoCurrentJob
 from greenjobs.keeping import NO_RESULT
 from greenjobs.progress import JobLog, Progress, Recorder, Report
+from greenjobs.stacks import lines_of
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from greenjobs.completion import Transaction
     from greenjobs.elsewhere import CompletedElsewhere, ElsewhereCall
+    from greenjobs.events import Outcome
     from greenjobs.keeping import ResultCodec
     from greenjobs.lending import JobPool
     from greenjobs.policy import Policy
@@ -48,13 +50,26 @@ class JobRow:
     created_at: datetime
 
 
+@dataclass(slots=True)
+class Abroad:
+    """That an attempt runs in a process which hears of no AttemptEnded: the runner publishes that in its own.
+
+    `outcome_of` says what an error will mean, or None; it is asked before the surroundings are left. `is_reported` is
+    set by whoever reports the error here, where its traceback is, so that it is not reported by the runner, too.
+    """
+
+    outcome_of: Callable[[BaseException | None], Outcome]
+    is_reported: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where jobs run: the queue, what the runner was given as context, and the connections for jobs to enqueue on.
 
     `runner_ids` are those under which this process may have claimed its jobs; they become more. `recorder` writes what
-    the jobs say of themselves; nobody does where it is None. `surroundings` are entered around each attempt. `lends`
-    says what lends connections to the code of jobs, where that is not the pool for it, as in a test.
+    the jobs say of themselves; nobody does where it is None. `surroundings` are entered around each attempt. `abroad`
+    is None in the runner's own process. `lends` says what lends connections to the code of jobs, where that is not the
+    pool for it, as in a test.
     """
 
     queue: str
@@ -64,6 +79,7 @@ class Place:
     recorder: Recorder | None = None
     surroundings: tuple[Callable[[], AbstractContextManager[Any]], ...] = ()
     lends: Callable[[], JobPool] | None = None
+    abroad: Abroad | None = None
 
 
 class Declaration(Protocol):
@@ -119,6 +135,12 @@ class Attempt:
         """Where its function stands at this moment; None where that is not in this process."""
         frame: FrameType | None = self.greenlet.gr_frame if self.elsewhere is None else self.elsewhere.frame()
         return frame
+
+    def lines(self) -> list[str]:
+        """The same, a line for each frame; blocks for a moment where another process has to be asked."""
+        if self.elsewhere is not None:
+            return self.elsewhere.lines()
+        return lines_of(self.frame())
 
     def stack(self) -> str:
         """The same, as text for people."""

@@ -10,13 +10,14 @@ from gevent.event import Event
 
 from greenjobs.keeping import NO_RESULT
 from greenjobs.policy import Verdict
+from greenjobs.stacks import lines_of
 
 
 class ElsewhereCall:
     """The call of one attempt's function, while it is under way and afterwards. `wait` is for the attempt's carrier.
 
-    Where it ran in a process, the error was judged there: `verdict` and `record` say how, and `encoded` is what it
-    returned, as ResultCodec.encode has it.
+    Where it ran in a process, the error was judged there: `verdict` and `record` say how, `is_reported` that somebody
+    such as Sentry has it already, and `encoded` is what it returned, as ResultCodec.encode has it.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,7 @@ class ElsewhereCall:
         self.verdict: Verdict | None = None
         self.record: Mapping[str, Any] | None = None
         self.encoded: tuple[str | None, str | None] | None = None
+        self.is_reported = False
         self.is_over = False
         self._ended = Event()
 
@@ -44,6 +46,11 @@ class ElsewhereCall:
     def frame(self) -> FrameType | None:
         """Where it stands at this moment, if it is in this process, and has begun."""
         return None
+
+    def lines(self) -> list[str]:
+        """Where it stands, for people; blocks for a moment where another process has to be asked."""
+        frame = self.frame()
+        return [self.where] if frame is None else lines_of(frame)
 
     @property
     def where(self) -> str:

@@ -13,10 +13,8 @@ import importlib
 import logging
 import os
 import time
-import traceback
 from collections.abc import Iterator
 from http import HTTPStatus
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import gevent
@@ -144,12 +142,14 @@ def jobs(handle: RunnerHandle, request: Request) -> Answer:
     if not request.is_from_here:
         return Answer.of({"error": NOT_FROM_AFAR}, HTTPStatus.FORBIDDEN)
     running = sorted(handle.attempts(), key=lambda attempt: attempt.started)
-    document = {"runner": handle.name, "pid": os.getpid(), "jobs": [_described(attempt) for attempt in running]}
+    # Each process is asked at the same time as the others.
+    asked = {each.row.id: gevent.spawn(each.lines) for each in running if each.elsewhere is not None}
+    stacks = [asked[each.row.id].get() if each.row.id in asked else each.lines() for each in running]
+    document = {"runner": handle.name, "pid": os.getpid(), "jobs": list(map(_described, running, stacks))}
     return Answer.of(document)
 
 
-def _described(attempt: Attempt) -> dict[str, Any]:
-    frame = attempt.frame()
+def _described(attempt: Attempt, stack: list[str]) -> dict[str, Any]:
     return {
         "id": attempt.row.id,
         "job_type": attempt.job.name,
@@ -157,14 +157,8 @@ def _described(attempt: Attempt) -> dict[str, Any]:
         "attempt": attempt.number,
         "running_seconds": round(time.perf_counter() - attempt.started, 3),
         "executor": attempt.job.policy.executor,
-        "stack": _frames(frame) if frame is not None or attempt.elsewhere is None else [attempt.elsewhere.where],
+        "stack": stack,
     }
-
-
-def _frames(frame: FrameType | None) -> list[str]:
-    """Where it stands, the innermost last: file, line and function, and nothing of what is in them."""
-    walked = list(traceback.walk_stack(frame)) if frame is not None else []
-    return [f"{each.f_code.co_filename}:{line} {each.f_code.co_name}" for each, line in reversed(walked)]
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

@@ -26,16 +26,18 @@ from typing import Any, NoReturn, cast
 
 from greenjobs import companions, config, errors, logs, pool, surroundings
 from greenjobs.cli_options import configure
-from greenjobs.contrib import equipment
-from greenjobs.current import Attempt, Place, enter_attempt
+from greenjobs.contrib import equipment, metrics_number
+from greenjobs.current import Abroad, Attempt, Place, attempt_here, enter_attempt
 from greenjobs.error_record import error_record
-from greenjobs.errors import GreenjobsError
+from greenjobs.errors import GreenjobsError, JobControl
+from greenjobs.events import Outcome
 from greenjobs.frames import pack, unpack
 from greenjobs.job import Job, find_job
 from greenjobs.keeping import keep_seconds
 from greenjobs.memory import resident_megabytes
-from greenjobs.policy import judge
+from greenjobs.policy import judge, outcome_of
 from greenjobs.progress import Report
+from greenjobs.stacks import lines_of
 from greenjobs.storage import ClaimedJob
 from greenjobs.supervisor import EXIT_MISTAKE
 from greenjobs.surroundings import Surrounding, call_within
@@ -82,6 +84,7 @@ def _end_with(parent: int) -> None:
 
 def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
     """The application, and what surrounds its jobs; exits when it cannot be loaded, having said why."""
+    metrics_number.take()  # before the application makes metrics
     try:
         configure(hello["settings"], loads_application=True)
         found, equipped = equipment.load(hello["application"] or None)
@@ -148,6 +151,10 @@ class JobProcess:
         while message := unpack(self._connection.recv):
             if message["do"] == "run":
                 self._orders.put(message)
+            elif message["do"] == "show":
+                frame = sys._current_frames().get(threading.main_thread().ident or 0)
+                inside = self._inside
+                self._say({"what": "stands", "id": inside and inside[0], "stack": lines_of(frame)})
             else:
                 error = getattr(errors, message["error"], errors.JobInterrupted)(message["text"])
                 self._to_raise = told = (message["claim"], error)
@@ -164,6 +171,9 @@ class JobProcess:
         told = self._to_raise
         if told is not None and told[0] == self._inside:
             self._to_raise = None
+            attempt = attempt_here()
+            if attempt is not None:
+                attempt.interrupted_by = told[1]
             raise told[1]
 
     def _insist(self, told: tuple[list[int], BaseException]) -> None:
@@ -180,8 +190,9 @@ class JobProcess:
         try:
             job = find_job(row.job_type)
         except GreenjobsError as error:  # the runner judges it, who knows the job
-            ended |= {"error": _described(error), "record": None}
+            ended |= {"error": _described(error), "record": None, "is_reported": False}
             return {**ended, "megabytes": resident_megabytes()}
+        abroad = Abroad(lambda error: _outcome(attempt, error))
         place = Place(
             order["queue"],
             self._context,
@@ -189,6 +200,7 @@ class JobProcess:
             runner_ids=order["runner_ids"],
             recorder=self._relay,
             surroundings=self._surroundings,
+            abroad=abroad,
         )
         attempt = Attempt(job, row, place, None)
         enter_attempt(attempt)
@@ -200,6 +212,7 @@ class JobProcess:
         except BaseException as error:  # a job may raise anything
             error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
             ended |= self._raised(job, attempt, error)
+            ended["is_reported"] = abroad.is_reported
         else:
             if job.results is not None and keep_seconds(job.keep, row.options):
                 ended["result"] = job.results.encode(value, max_bytes=settings.max_payload_bytes)
@@ -259,6 +272,16 @@ class _Relay:
             report.is_expected = False
             self.pass_on(report)
             time.sleep(_PAUSE_SECONDS)
+
+
+def _outcome(attempt: Attempt, error: BaseException | None) -> Outcome:
+    """That of an attempt whose function ended with this error, as the runner will have it."""
+    if isinstance(attempt.interrupted_by, JobControl):
+        error = attempt.interrupted_by
+    if error is None or (attempt.completion is not None and attempt.completion.is_committed):
+        return "done"
+    failures = attempt.row.retries + 1
+    return outcome_of(attempt.job.policy, error, failures=failures, max_retries=attempt.max_retries)
 
 
 def _described(error: BaseException) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from typing import Any
 
 from greenjobs.errors import ConfigError
 
+EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "http", "log_level", "log_format")
+"""What `greenjobs run` has to know before it loads the application, which therefore cannot say it."""
+
 _DEFAULT_FILES = ("app.py", "wsgi.py")
 
 

@@ -3,7 +3,8 @@
 prometheus_client writes one file for each process and kind of metric to the folder that PROMETHEUS_MULTIPROC_DIR names
 when it is imported. Files are kept when a process ends, lest counters go back; those of gauges of the living are not. A
 process that takes the place of another gets its number, too, and goes on with its files: else there would be more of
-them with every replacement. Nothing here imports prometheus_client, for a supervisor is light.
+them with every replacement. The processes that a runner has for jobs are numbered below its own: "2-1". Nothing here
+imports prometheus_client, for a supervisor is light.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 NUMBER = "GREENJOBS_METRICS_NUMBER"
 """The variable that tells a child under which number it keeps its metrics. Without one that is its process id."""
+
+own_number: str | None = None
+"""That of this process, once it has been taken: see greenjobs.contrib.metrics_number."""
 
 _PREFIX = "greenjobs-metrics-"
 _LOCK = "lock"
@@ -60,8 +64,7 @@ class MetricsFolder:
     def forget(self, number: int, process_id: int) -> None:
         """The process of this number has ended: its gauges count no more. What it has counted stays."""
         if self._path is not None:
-            for file in self._path.glob(f"gauge_live*_{number if self._is_ours else process_id}.db"):
-                file.unlink(missing_ok=True)
+            forget(self._path, str(number if self._is_ours else process_id))
 
     def close(self) -> None:
         """Remove what is ours."""
@@ -71,6 +74,36 @@ class MetricsFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+class JobProcessMetrics:
+    """Those of one of the processes that a runner has for jobs: the lowest number that no living one has.
+
+    `numbers` are those of the living.
+    """
+
+    def __init__(self, numbers: set[int]) -> None:
+        self._numbers = numbers
+        self._number = free_number(numbers)
+        numbers.add(self._number)
+
+    def environment(self) -> Mapping[str, str]:
+        """What is added to its environment."""
+        return {} if own_number is None else {NUMBER: f"{own_number}-{self._number}"}
+
+    def forget(self, process_id: int) -> None:
+        """It has ended: its gauges count no more, and another may have its number."""
+        self._numbers.discard(self._number)
+        folder = os.environ.get(FOLDER)
+        if folder:
+            forget(Path(folder), str(process_id) if own_number is None else f"{own_number}-{self._number}")
+
+
+def forget(folder: Path, identifier: str) -> None:
+    """Remove the gauges of the living of a process that lives no more, and of its processes for jobs."""
+    for pattern in (f"gauge_live*_{identifier}.db", f"gauge_live*_{identifier}-*.db"):
+        for file in folder.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def _hold(folder: Path) -> int:

@@ -136,23 +136,33 @@ def checked_timeouts(
 
 def judge(policy: Policy, error: BaseException, *, failures: int, max_retries: int) -> Verdict:
     """What becomes of a job whose attempt ended with this error. `failures` counts this one, if it is one."""
-    if isinstance(error, JobInterrupted):
-        return Verdict("interrupted")
+    outcome = outcome_of(policy, error, failures=failures, max_retries=max_retries)
     if isinstance(error, JobLost):
-        return Verdict("interrupted", _LOST_SECONDS)
-    if isinstance(error, JobCancelled):
-        return Verdict("cancelled")
-    if isinstance(error, JobExpired):
-        return Verdict("expired")
+        return Verdict(outcome, _LOST_SECONDS)
     if isinstance(error, Snooze):
-        return Verdict("snoozed", error.after)
-    if isinstance(error, (Discard, *policy.discard_on)):
-        return Verdict("discarded")
-    if failures > max_retries or isinstance(error, PayloadMismatch) or not _is_retried(policy, error):
-        return Verdict("failed")
+        return Verdict(outcome, error.after)
+    if outcome != "retried":
+        return Verdict(outcome)
     if isinstance(error, Retry) and error.after is not None:
-        return Verdict("retried", error.after)
-    return Verdict("retried", _delay(policy, failures, error))
+        return Verdict(outcome, error.after)
+    return Verdict(outcome, _delay(policy, failures, error))
+
+
+def outcome_of(policy: Policy, error: BaseException, *, failures: int, max_retries: int) -> Outcome:
+    """The same without the time of the next attempt, for which the backoff has to be asked."""
+    if isinstance(error, (JobInterrupted, JobLost)):
+        return "interrupted"
+    if isinstance(error, JobCancelled):
+        return "cancelled"
+    if isinstance(error, JobExpired):
+        return "expired"
+    if isinstance(error, Snooze):
+        return "snoozed"
+    if isinstance(error, (Discard, *policy.discard_on)):
+        return "discarded"
+    if failures > max_retries or isinstance(error, PayloadMismatch) or not _is_retried(policy, error):
+        return "failed"
+    return "retried"
 
 
 def _is_retried(policy: Policy, error: BaseException) -> bool:

@@ -253,6 +253,11 @@ def raw_connection(given: Any) -> Connection:
     return connection
 
 
+def forget_if_broken(given: Any) -> None:
+    """After an error on the connection behind what a caller passed: let SQLAlchemy know, if it is its, and broken."""
+    alchemy.forget_if_broken(given)
+
+
 def connect(
     database_url: str,
     *,

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gevent
+from gevent.event import AsyncResult
 from gevent.lock import BoundedSemaphore
 
 from greenjobs import config
@@ -31,6 +32,7 @@ from greenjobs.current import begin_report
 from greenjobs.elsewhere import CompletedElsewhere, ElsewhereCall
 from greenjobs.errors import JobControl, JobProcessDied, JobProcessError
 from greenjobs.frames import pack, unpack
+from greenjobs.metrics_folder import JobProcessMetrics
 from greenjobs.policy import Verdict
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ _PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from greenjobs.job_process i
 
 # A job that was told to end has so long to tidy up, which is a little less than a runner that is to stop waits for it.
 _TIDY_SECONDS = 4.0
+
+# A process is given so long to say where its job stands.
+_STACK_SECONDS = 0.5
 
 # A process that has hung up, or is to end, has so long to do so.
 _END_SECONDS = 5.0
@@ -80,6 +85,7 @@ class Processes(Annex):
         self._awaiting: deque[_ProcessCall] = deque()
         self._failed_starts = 0
         self._is_closed = False
+        self.metrics_numbers: set[int] = set()
 
     def start(self) -> None:
         """Have a process ready for the first job; returns at once."""
@@ -198,6 +204,11 @@ class _ProcessCall(ElsewhereCall):
         if isinstance(error, JobControl):
             gevent.spawn_later(_TIDY_SECONDS, self._kill)
 
+    def lines(self) -> list[str]:
+        """As the process itself says, or what stands for it."""
+        told = self.child.ask_where(self) if self.child is not None and self.has_begun else None
+        return told or [self.where]
+
     @property
     def where(self) -> str:
         """Only the process itself could say more."""
@@ -215,6 +226,7 @@ class _ProcessCall(ElsewhereCall):
         if message["error"] is not None:
             self.error = _rebuilt(message["error"])
             self.record = message["record"]
+            self.is_reported = message["is_reported"]
             self.verdict = message["verdict"] and Verdict(*message["verdict"])
         elif message["result"] is not None:
             result, complaint = message["result"]
@@ -243,6 +255,8 @@ class _Child:
         self._processes = processes
         self._process: subprocess.Popen[bytes] | None = None
         self._sending = BoundedSemaphore()
+        self._asked: AsyncResult[tuple[int | None, list[str]]] | None = None
+        self._metrics = JobProcessMetrics(processes.metrics_numbers)
         self._line, self._theirs = socket.socketpair()
         self.greenlet = gevent.spawn(self._live, origin)
 
@@ -266,6 +280,14 @@ class _Child:
             row = call.attempt.row
             claim = [row.id, row.attempt]
             self._say({"do": "raise", "claim": claim, "error": type(error).__name__, "text": str(error)})
+
+    def ask_where(self, call: _ProcessCall) -> list[str] | None:
+        """Where this call stands; None if it does not say so at once, as C code may keep it from doing."""
+        if self._asked is None:
+            self._asked = AsyncResult()
+            gevent.spawn(self._say, {"do": "show"})
+        told: tuple[int | None, list[str]] | None = self._asked.wait(_STACK_SECONDS)
+        return told[1] if told is not None and told[0] == call.attempt.row.id else None
 
     def hang_up(self) -> None:
         """Let it end; returns at once."""
@@ -299,6 +321,7 @@ class _Child:
             self._theirs.close()
             self._line.close()
             self.is_up = False
+            self._metrics.forget(self.pid)
             self._processes.note_end(self, status)
 
     def _start(self) -> None:
@@ -307,6 +330,7 @@ class _Child:
             [sys.executable, "-c", _PROGRAM, f"{os.getpid()}:{fd}", *sys.path],
             stdin=subprocess.DEVNULL,
             pass_fds=[fd],
+            env={**os.environ, **self._metrics.environment()},
             start_new_session=True,  # Ctrl-C is for the runner
         )
         self._theirs.close()
@@ -333,6 +357,9 @@ class _Child:
             self.is_up = self.has_been_up = not self.is_leaving
             if self.is_up:
                 self._processes.note_up(self)
+        elif what == "stands" and self._asked is not None:
+            asked, self._asked = self._asked, None
+            asked.set((message["id"], message["stack"]))
         elif call is None or message["id"] != call.attempt.row.id:
             return
         elif what == "begun":

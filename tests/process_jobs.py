@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import gevent.monkey
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import greenjobs
 from greenjobs import current_job, job, surroundings
+from greenjobs.contrib.opentelemetry import GreenjobsInstrumentor
 
 around: list[str] = []
+recorded = InMemorySpanExporter()
 
 
 @contextlib.contextmanager
@@ -30,6 +35,9 @@ def surrounding() -> Iterator[None]:
 
 if "greenjobs.job_process" in sys.modules:  # not around the jobs of other tests
     surroundings.surround(surrounding)
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(recorded))
+    GreenjobsInstrumentor().instrument(tracer_provider=provider)
 
 
 class PartnerDown(Exception):
@@ -152,3 +160,16 @@ def in_the_loop() -> None: ...
 def copy(text: str) -> None:
     with greenjobs.connection() as connection, connection.cursor() as cursor:
         cursor.copy_expert("COPY notes (text) FROM STDIN", io.StringIO(f"{text}\n"))
+
+
+@job(executor="process", max_retries=1, backoff=0.0)
+def fail_once() -> None:
+    if current_job.attempt == 1:
+        raise PartnerDown("the bank", since=1999)
+
+
+@job(executor="process", keep="1 hour", keep_result=True)
+def spans_of(job_type: str) -> list[list[str]]:
+    """The outcome and the status of the spans of this type here."""
+    mine = (span for span in recorded.get_finished_spans() if (span.attributes or {})["greenjobs.job_type"] == job_type)
+    return [[str((span.attributes or {})["greenjobs.outcome"]), span.status.status_code.name] for span in mine]

@@ -68,6 +68,12 @@ class Database:
         )
         return len(ended)
 
+    def terminate(self, pid: int) -> None:
+        """End the session of this backend, and wait for it."""
+        self.rows("SELECT pg_terminate_backend(%s)", pid)
+        gone = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)"
+        eventually(lambda: self.value(gone, pid), f"backend {pid} lives on", seconds=PATIENCE_SECONDS)
+
     def sessions(self) -> list[str]:
         """The names of the connections to this database, without this one."""
         return self.column(

@@ -156,6 +156,8 @@ def test_options_are_spelled_as_in_the_environment(database: running.Database) -
         ({"pool": 5}, "GREENJOBS has the key 'pool', which is no option; did you mean 'POOL'?"),
         ({5: 5}, "GREENJOBS has the key 5, which is no option"),
         ({"POOL": 0}, r"pool is 0 \('POOL' in GREENJOBS\); the value must be a whole number"),
+        ({"HTTP": "9600"}, "'HTTP', which counts before the project is loaded"),
+        ({"LOG_FORMAT": "json"}, "'LOG_FORMAT', which counts before the project is loaded"),
         ({"PROCESSES": 2}, "'PROCESSES', which counts before the project is loaded; .*GREENJOBS_PROCESSES"),
         ({"DATABASE": "jobs"}, r"DATABASE is 'jobs' \(GREENJOBS\); the value must be 'default' or 'other' or"),
         ({"TRANSACTION": "atomic"}, "TRANSACTION is 'atomic' .*must be 'join' or 'on_commit'"),

@@ -6,7 +6,7 @@ import databases
 import pages
 import pytest
 
-from greenjobs import config
+from greenjobs import config, loading
 from greenjobs.contrib.django import options
 
 PAGE = "django.md"
@@ -38,7 +38,7 @@ def test_tests_of_the_project_pass(printed: dict[str, str]) -> None:
 def test_every_key_of_the_settings_is_named() -> None:
     assert all(f"| `{key}` | " in TEXT for key in options._OWN_KEYS)
     told = TEXT[TEXT.index("is no option is refused.") :].split("\n\n")[0]
-    assert all(f"`{name.upper()}`" in told for name in options.EARLY_OPTIONS)
+    assert all(f"`{name.upper()}`" in told for name in loading.EARLY_OPTIONS)
 
 
 def test_numbers_are_those_of_the_code() -> None:

@@ -395,6 +395,15 @@ def test_connections_of_jobs_that_may_not_fit_are_a_warning(database: running.Da
     assert (found.level, "raise max_connections" in str(found.remedy)) == ("warn", True)
 
 
+def test_connections_of_processes_for_jobs_are_counted_where_there_are_such_jobs(database: running.Database) -> None:
+    assert finding("connections", job_processes=1_000).level == "ok"
+
+    @job(executor="process")
+    def compute() -> None: ...
+
+    assert finding("connections", jobs=True, job_processes=1_000).level == "warn"
+
+
 def test_limit_of_a_role_counts(database: running.Database, limited_role: str) -> None:
     grant_all(database, limited_role)
     database.rows(f"ALTER ROLE {limited_role} CONNECTION LIMIT 3")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,31 @@ def test_copy_of_the_environment_in_the_configuration_is_no_mistake(
     monkeypatch.setenv("GREENJOBS_PROCESSES", "2")
     bare(GREENJOBS_PROCESSES="2")
     assert config.current().processes == 2
+
+
+def test_setting_that_came_too_late_is_said(database: running.Database, caplog: pytest.LogCaptureFixture) -> None:
+    app = bare(GREENJOBS_DATABASE_URL=database.url, GREENJOBS_POOL=3)
+    app.config.update(GREENJOBS_POOL=4, GREENJOBS_JOIN_SESSION=False, SQLALCHEMY_DATABASE_URI="postgresql:///other")
+    for _ in range(2):
+        with app.app_context():
+            assert config.current().pool == 3
+    (record,) = (record for record in caplog.records if record.name == "greenjobs.contrib.flask")
+    said = "GREENJOBS_POOL, SQLALCHEMY_DATABASE_URI, GREENJOBS_JOIN_SESSION after GreenJobs had read it"
+    assert said in record.getMessage()
+
+
+def test_database_that_came_too_late_is_refused_with_the_reason(database: running.Database) -> None:
+    app = bare()
+    app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql:///shop"
+
+    @job
+    def work() -> None: ...
+
+    message = "No database is named, .*'bare' got SQLALCHEMY_DATABASE_URI after .* when app.config is complete"
+    with app.app_context(), pytest.raises(ConfigError, match=message):
+        work.delay()
+    with pytest.raises(ConfigError, match=message):
+        app.extensions["greenjobs"].adopt()
 
 
 def test_application_is_set_up_once(database: running.Database) -> None:
@@ -279,6 +305,37 @@ def test_session_is_closed_where_a_function_of_teardown_fails(
     assert found == [[]] * 20
     assert database.count() == 0
     assert "cannot tidy up" in caplog.text
+    assert not db.session.registry.registry
+    assert [each.pool.checkedout() for each in shops.engines(app)] == [0]
+
+
+@pytest.mark.parametrize("teardown_fails", [False, True])
+def test_context_that_a_job_never_popped_ends_with_it(
+    database: running.Database, caplog: pytest.LogCaptureFixture, teardown_fails: bool
+) -> None:
+    """With it on top, the session of the job itself would live on, and a row that was written there stay locked."""
+    app = make_shop(database.url)
+    ended: list[Any] = []
+
+    @app.teardown_appcontext
+    def end(error: BaseException | None) -> None:
+        ended.append(flask.g.get("name"))
+        if teardown_fails:
+            raise OSError("cannot tidy up")
+
+    @job
+    def work() -> None:
+        for name in ("outer", "inner"):
+            db.session.add(Order(customer="left behind"))
+            db.session.flush()
+            flask.g.name = name
+            if name == "outer":
+                app.app_context().push()
+
+    work.delay()
+    work_off(app, work, pool=1)
+    assert ended == ["inner", "outer"]
+    assert "Popped wrong app context" not in caplog.text
     assert not db.session.registry.registry
     assert [each.pool.checkedout() for each in shops.engines(app)] == [0]
 
@@ -445,6 +502,23 @@ def test_module_without_an_application_is_refused(folder: Path) -> None:
     processes.write_application(folder, "from shop import send", name="tasks.py")
     output = processes.run("greenjobs", "run", "--app", "tasks", folder=folder, status=2)
     assert "it is not clear in which" in output and "Traceback" not in output
+
+
+def test_file_with_two_applications_is_refused_by_its_name(tmp_path: Path, database_url: str) -> None:
+    source = """
+        from flask import Flask
+        from greenjobs import job
+        from greenjobs.contrib.flask import GreenJobs
+
+        one, two = Flask("one"), Flask("two")
+        GreenJobs(one), GreenJobs(two)
+
+        @job
+        def work(): ...
+        """
+    (tmp_path / "app.py").write_text(textwrap.dedent(source))
+    printed = processes.run("greenjobs", "run", folder=tmp_path, database_url=database_url, status=2)
+    assert "app is 'app.py', and jobs are to run in a Flask application, but it is not clear in which" in printed
 
 
 def test_module_that_only_asks_for_the_url_needs_no_application(tmp_path: Path, database_url: str) -> None:

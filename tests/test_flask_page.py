@@ -6,8 +6,8 @@ import databases
 import pages
 import pytest
 
-from greenjobs import config
-from greenjobs.contrib import flask, joining
+from greenjobs import config, loading
+from greenjobs.contrib import joining
 
 PAGE = "flask.md"
 TEXT = (pages.DOCS / PAGE).read_text(encoding="utf-8")
@@ -41,7 +41,7 @@ def test_surrounding_is_around_the_job(printed: dict[str, str]) -> None:
 
 def test_every_setting_that_comes_too_late_is_named() -> None:
     told = TEXT[TEXT.index("What counts before the application is loaded") :].split("\n\n")[0]
-    assert all(f"`GREENJOBS_{name.upper()}`" in told for name in flask._EARLY_OPTIONS)
+    assert all(f"`GREENJOBS_{name.upper()}`" in told for name in loading.EARLY_OPTIONS)
 
 
 def test_numbers_are_those_of_the_code() -> None:

@@ -261,6 +261,14 @@ def test_page_beside_it_is_followed_as_it_stands(server_url: str, tmp_path: Path
     assert f"{tests} passed" in output
 
 
+def test_its_own_tests_pass_where_orders_wait(shop: Shop) -> None:
+    """As after trying it by hand: they have a database of their own, which is gone afterwards."""
+    shop.order()
+    assert " passed" in shop.run("python", "-m", "pytest", "-q")
+    assert (shop.count("shop_orders"), shop.count("background_jobs")) == (1, 1)
+    assert shop.count("pg_database WHERE datname = current_database() || '_test'") == 0
+
+
 def test_commands_of_its_page_are_those_of_the_readme() -> None:
     page = pages.blocks("../examples/flask_shop/README.md")
     commands = next(block.text for block in page if block.language == "text").splitlines()

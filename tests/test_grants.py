@@ -218,6 +218,13 @@ def test_role_without_rights_is_told_which_it_lacks(as_role: Callable[..., str],
             work.delay()
 
 
+@pytest.mark.parametrize("command", [("jobs", "list"), ("status",)])
+def test_command_that_lacks_a_right_says_how_to_get_it(as_role: Callable[..., str], command: tuple[str, ...]) -> None:
+    shown = typed(*command, url=as_role("enqueue"))
+    assert shown.exit_code == 2
+    assert "permission denied" in shown.output and "greenjobs migrate --grant run=ROLE" in shown.output
+
+
 def test_command_gives_rights_and_says_so(role: str, database_url: str, as_role: Callable[..., str]) -> None:
     shown = typed("migrate", "--grant", f"enqueue={role}", "--grant", f"read={role}", url=database_url)
     assert shown.exit_code == 0, shown.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -16,8 +17,9 @@ import pytest
 import running
 from waiting import eventually
 
-from greenjobs import events, job
+from greenjobs import events, health, job
 from greenjobs.errors import ConfigError, JobFailed, JobProcessDied, JobProcessError
+from greenjobs.http_server import Request
 from greenjobs.runner import Runner, RunnerHandle
 
 JOBS = [job for job in vars(process_jobs).values() if hasattr(job, "delay")]
@@ -98,6 +100,12 @@ def test_headers_are_there(database: running.Database, monkeypatch: pytest.Monke
 def test_surroundings_of_the_application_are_entered_there(database: running.Database) -> None:
     assert result(process_jobs.look.delay("here"))["around"] == ["begun"]
     assert process_jobs.around == []
+
+
+def test_span_of_an_attempt_has_the_outcome(database: running.Database, ended: list[events.AttemptEnded]) -> None:
+    process_jobs.fail_once.delay()
+    eventually(lambda: [each.outcome for each in ended] == ["retried", "done"], "it has not ended twice")
+    assert result(process_jobs.spans_of.delay("fail_once")) == [["retried", "ERROR"], ["done", "UNSET"]]
 
 
 def test_one_process_serves_one_job_after_the_other(database: running.Database) -> None:
@@ -210,6 +218,28 @@ def test_running_job_is_cancelled(database: running.Database, tmp_path: Path, en
     eventually((tmp_path / "begun").exists, "not begun", seconds=60)
     assert handle.cancel() == "asked"
     eventually(lambda: [each.outcome for each in ended] == ["cancelled"], "not cancelled", seconds=60)
+
+
+def test_stack_of_a_running_job_is_shown(database: running.Database, handle: RunnerHandle, tmp_path: Path) -> None:
+    waiting = process_jobs.sleep.delay(str(tmp_path))
+    eventually((tmp_path / "begun").exists, "not begun", seconds=60)
+    (shown,) = json.loads(health.jobs(handle, Request("/jobs", is_from_here=True)).body)["jobs"]
+    assert shown["id"] == waiting.id
+    assert re.search(r"process_jobs\.py:\d+ sleep$", shown["stack"][-1])
+    assert waiting.cancel() == "asked"
+
+
+def test_stack_of_a_job_in_a_process_that_does_not_answer_is_stood_for(
+    database: running.Database, handle: RunnerHandle, tmp_path: Path
+) -> None:
+    waiting = process_jobs.sleep.delay(str(tmp_path))
+    eventually((tmp_path / "begun").exists, "not begun", seconds=60)
+    pid = int((tmp_path / "begun").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    (attempt,) = handle.attempts()
+    assert attempt.lines() == [f"(in process {pid}, which prints it on SIGQUIT)"]
+    os.kill(pid, signal.SIGCONT)
+    assert waiting.cancel() == "asked"
 
 
 # --- death ------------------------------------------------------------------------------------------------------------

@@ -481,6 +481,26 @@ def test_failed_transaction_does_not_keep_a_job_from_being_enqueued(
     assert (database.count(), warnings_of(caplog)) == (1, [])
 
 
+@pytest.mark.parametrize("joins", [True, False])
+def test_session_whose_connection_breaks_ends_with_its_request(database: running.Database, joins: bool) -> None:
+    """Flask-SQLAlchemy would fail to roll back in the teardown, and leave the session to a later request."""
+    confirm = declare_job()
+    app = make_shop(database.url, GREENJOBS_JOIN_SESSION=joins)
+    broken: list[int] = []
+
+    def body() -> None:
+        pid = db.session.scalar(sa.text("SELECT pg_backend_pid()"))
+        if not broken:
+            broken.append(pid)
+            database.terminate(pid)
+        confirm.delay("Ann")
+        db.session.commit()
+
+    assert with_view(app, body, times=2) == [500, 200]
+    assert not db.session.registry.registry
+    assert database.count("state = 'available'") == (1 if joins else 2)
+
+
 def test_looks_for_changes_come_to_an_end(database: running.Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each costs a round trip, which a view that only reads would pay for ever."""
     confirm = declare_job()

@@ -30,6 +30,9 @@ APPLICATION = """
 
     import greenjobs.contrib.prometheus
     from greenjobs import current_job, job
+    from prometheus_client import Gauge
+
+    there = Gauge("there", "Set in a process for jobs", multiprocess_mode="livesum")
 
 
     @job(queue="emails")
@@ -63,6 +66,12 @@ APPLICATION = """
     @job(queue="kills")
     def say_pid():
         print(f"pid {os.getpid()}", flush=True)
+
+
+    @job(queue="kills", executor="process", max_retries=0)
+    def die_there():
+        there.set(7)
+        os.kill(os.getpid(), 9)
 """
 
 Scrape = dict[str, dict[tuple[tuple[str, str], ...], float]]
@@ -199,7 +208,7 @@ def test_buckets_of_a_histogram_add_up_to_those_above_them(scrape: Scrape) -> No
 def test_job_type_is_shown_only_in_the_queues_that_it_was_in(scrape: Scrape) -> None:
     queues = {(dict(labels)["job_type"], dict(labels)["queue"]) for labels in scrape["greenjobs_attempts_ended_total"]}
     at_home = {("break_down", "emails"), ("break_down_at_first", "emails"), ("send", "emails"), ("send_all", "reports")}
-    assert queues == {*at_home, ("scrape", "scrapes"), ("say_pid", "kills")}
+    assert queues == {*at_home, ("scrape", "scrapes"), ("say_pid", "kills"), ("die_there", "kills")}
 
 
 def test_buckets_reach_from_five_milliseconds_to_an_hour() -> None:
@@ -301,7 +310,7 @@ def test_counters_survive_a_killed_process_and_its_gauges_do_not(
     call(scraped.folder, scraped.url, "import app; app.break_down.delay_many([()] * 20)")
     labels = {"job_type": "break_down", "queue": "emails", "outcome": "failed"}
     scraped.when("greenjobs_attempts_ended_total", 20, **labels)
-    files = set(metrics_files(scraped))
+    files = set(metrics_files(scraped, of_jobs=False))
     call(scraped.folder, scraped.url, "import app; app.say_pid.delay()")
     os.kill(int(supervisor.wait_for_line(r"^pid (\d+)$")[1]), signal.SIGKILL)
     # Its successor comes up, and there are two again: its slots were not counted as if it were alive.
@@ -311,12 +320,26 @@ def test_counters_survive_a_killed_process_and_its_gauges_do_not(
     ((_, runners),) = seen["greenjobs_runner_info"].items()
     assert runners == 2
     # It goes on with the files of the one before it: they do not become more with every replacement.
-    assert set(metrics_files(scraped)) == files
+    assert set(metrics_files(scraped, of_jobs=False)) == files
 
 
-def metrics_files(scraped: Scraped) -> Iterator[str]:
+def test_process_for_jobs_leaves_no_gauge_behind_and_its_successor_goes_on_with_its_files(
+    supervised: tuple[Scraped, processes.Process],
+) -> None:
+    scraped, _ = supervised
+    call(scraped.folder, scraped.url, "import app; app.die_there.delay_many([()] * 4)")
+    labels = {"job_type": "die_there", "queue": "kills", "outcome": "failed"}
+    scraped.when("greenjobs_attempts_ended_total", 4, **labels)
+    scraped.when("there", 0)
+    numbers = {name.rpartition("_")[2] for name in metrics_files(scraped)}
+    assert all(re.fullmatch(r"[1-3](-\d)?\.db", number) for number in numbers), numbers
+
+
+def metrics_files(scraped: Scraped, *, of_jobs: bool = True) -> Iterator[str]:
+    """Their names; those of processes for jobs, too, or not."""
     for file in scraped.folder.glob("temporary/greenjobs-metrics-*/*.db"):
-        yield file.name
+        if of_jobs or "-" not in file.name:
+            yield file.name
 
 
 def test_folder_of_metrics_is_private_and_is_removed_at_the_end(
@@ -481,6 +504,27 @@ def test_scrape_is_answered_while_the_database_is_away(database: running.Databas
         assert value(seen, "greenjobs_database_up") == 0
         assert "greenjobs_jobs" not in seen
         assert value(seen, "greenjobs_slots", queue="away") == watch.handle.workers["away"].pool
+
+
+def test_scrape_is_answered_while_the_database_does_not_answer(
+    database: running.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @job(queue="stuck")
+    def work() -> None: ...
+
+    with watched(Runner().register(work)):
+        prometheus._database._fresh_until = 0.0
+        assert value(rendered(), "greenjobs_database_up") == 1
+        monkeypatch.setattr(prometheus, "_PATIENCE_SECONDS", 0.05)
+        with databases.administration(database.url) as cursor:
+            cursor.execute("BEGIN; LOCK TABLE background_jobs")
+            prometheus._database._fresh_until = 0.0
+            seen = rendered()
+            cursor.execute("ROLLBACK")
+        assert value(seen, "greenjobs_database_up") == 0
+        assert "greenjobs_jobs" not in seen
+        assert value(seen, "greenjobs_slots", queue="stuck") is not None
+        eventually(lambda: value(rendered(), "greenjobs_database_up") == 1, "it does not answer again")
 
 
 @contextlib.contextmanager

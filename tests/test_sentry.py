@@ -78,6 +78,16 @@ APPLICATION = """
             pass
         raise OSError("too late")
 
+    @job(executor="process", max_retries=1, backoff=0.01)
+    def abroad(secret):
+        sentry_sdk.set_tag("number", f"abroad {current_job.attempt}")
+        sentry_sdk.add_breadcrumb(message=f"crumb {current_job.attempt}")
+        raise LookupError(f"attempt {current_job.attempt}")
+
+    @job(executor="process", max_retries=0)
+    def die_abroad():
+        os.kill(os.getpid(), 9)
+
     @job
     def work():
         with sentry_sdk.start_span(op="test", name="inside"):
@@ -201,6 +211,7 @@ def usual(server_url: str, migrated_template: str, tmp_path_factory: pytest.Temp
         made.python(
             f"mix.delay_many([(number, f'hush {{number}}') for number in range({JOBS})])\n"
             "twice.delay(); recover.delay(); after_its_end.delay(); unsampled.delay()\n"
+            "abroad.delay('hush'); die_abroad.delay()\n"
             "[control.delay(how) for how in ('discard', 'retry', 'snooze')]\n"
             "visit(); visit()"
         )
@@ -209,7 +220,7 @@ def usual(server_url: str, migrated_template: str, tmp_path_factory: pytest.Temp
         with made.runner("--pool", str(JOBS)) as runner:
             made.make_due("daily", "broken_daily")
             made.sentry.wait_for(4, lambda: made.sentry.of_type("check_in"))
-            made.wait_until_settled(failed=JOBS + 3)
+            made.wait_until_settled(failed=JOBS + 5)
             made.python("slow.delay()")
             runner.wait_for_line("slow runs")
             runner.terminate()
@@ -295,12 +306,27 @@ def test_error_after_the_job_has_completed_is_reported(usual: Place) -> None:
     assert (value(event), event["tags"]["outcome"]) == ("too late", "done")
 
 
+def test_error_in_a_process_of_its_own_is_reported_from_there_with_its_stack(usual: Place) -> None:
+    (event,) = usual.sentry.errors(job_type="abroad")
+    (thrown,) = event["exception"]["values"]
+    assert (thrown["type"], thrown["value"]) == ("LookupError", "attempt 2")
+    assert [frame["function"] for frame in thrown["stacktrace"]["frames"]] == ["abroad"]
+    expected = {"queue": "default", "attempt": "2", "outcome": "failed", "region": "eu", "number": "abroad 2"}
+    assert event["tags"] == {"job_type": "abroad", **expected}
+    assert [crumb["message"] for crumb in event["breadcrumbs"]["values"]] == ["crumb 2"]
+
+
+def test_death_of_a_process_is_reported_by_its_runner(usual: Place) -> None:
+    (event,) = usual.sentry.errors(job_type="die_abroad", outcome="failed")
+    assert value(event).endswith("was ended by SIGKILL")
+
+
 def test_nothing_else_is_reported_and_nothing_twice(usual: Place) -> None:
     counts: dict[str, int] = {}
     for event in usual.sentry.errors():
         name = event["tags"].get("job_type", event.get("logger"))
         counts[name] = counts.get(name, 0) + 1
-    once = ("twice", "after_its_end", "broken_daily", "unsampled", "slow")
+    once = ("twice", "after_its_end", "broken_daily", "unsampled", "slow", "abroad", "die_abroad")
     assert counts == {"mix": JOBS, **dict.fromkeys(once, 1)}
 
 

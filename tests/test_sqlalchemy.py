@@ -178,6 +178,23 @@ def test_flush_that_fails_takes_the_job_along(database: running.Database, engine
     assert database.count() == 0
 
 
+@pytest.mark.parametrize("given", KINDS)
+def test_connection_that_breaks_under_a_job_is_forgotten(
+    database: running.Database, engine: sa.Engine, given: Given
+) -> None:
+    """As where it breaks under a statement of SQLAlchemy's own; it would be rolled back otherwise, which fails."""
+    confirm = declare_job()
+    with given(engine) as transaction:
+        pid = transaction.scalar(sa.text("SELECT pg_backend_pid()"))
+        database.terminate(pid)
+        with pytest.raises(psycopg2.OperationalError):
+            confirm.options(connection=transaction).delay("A1")
+        transaction.rollback()
+        handle = confirm.options(connection=transaction).delay("A2")
+        transaction.commit()
+    assert (database.count(), database.state(handle.id)) == (1, "available")
+
+
 def test_session_that_failed_says_so_until_it_is_rolled_back(database: running.Database, engine: sa.Engine) -> None:
     confirm = declare_job()
     database.rows("INSERT INTO orders (number) VALUES ('A1')")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg2
 import pytest
 import running
 import sqlalchemy
@@ -135,3 +136,28 @@ def test_session_can_be_used_again_after_the_block(database: running.Database, e
     work.delay()
     running.work_off(work)
     assert (notes(database), database.count()) == (["after", "free", "taken"], 0)
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_session_whose_connection_breaks_can_be_used_again(
+    database: running.Database, engine: sqlalchemy.Engine, when: str
+) -> None:
+    @job
+    def work() -> None:
+        with orm.Session(engine) as session:
+
+            def breaks() -> None:
+                pid = session.scalar(sqlalchemy.text("SELECT pg_backend_pid()"))
+                database.terminate(pid)
+
+            if when == "before":
+                breaks()
+            with pytest.raises(psycopg2.OperationalError), current_job.transaction(session):
+                breaks()
+            session.rollback()
+            with current_job.transaction(session):
+                session.add(Note(what="in the end"))
+
+    work.delay()
+    running.work_off(work)
+    assert (notes(database), database.count()) == (["in the end"], 0)

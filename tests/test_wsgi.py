@@ -516,6 +516,8 @@ def test_inner_application_has_its_own_settings_and_leaves_those_of_the_outer(da
         ({"pools": 5}, "there is no option 'pools'; did you mean pool"),
         ({"pool": 0}, r"pool is 0 \(an argument of GreenJobs\); the value must be a whole number"),
         ({"processes": 2}, "GreenJobs has processes, which counts before the application is loaded"),
+        ({"http": "9600"}, "GreenJobs has http, which counts before"),
+        ({"log_format": "json"}, "GreenJobs has log_format, which counts before"),
         ({"hold": "yes"}, "hold is 'yes' .*must be True or False"),
         ({"connection": 5}, "takes a callable as connection, not 5"),
         ({"around": 5}, "takes a callable as around, not 5"),

@@ -6,7 +6,7 @@ import databases
 import pages
 import pytest
 
-from greenjobs.contrib import wsgi
+from greenjobs import loading
 
 PAGE = "wsgi.md"
 TEXT = (pages.DOCS / PAGE).read_text(encoding="utf-8")
@@ -35,4 +35,4 @@ def test_held_job_is_there_when_its_request_has_succeeded(printed: dict[str, str
 
 def test_every_setting_that_comes_too_late_is_named() -> None:
     told = TEXT[TEXT.index("command line over them.") :].split("\n\n")[0]
-    assert all(f"`{name}`" in told for name in wsgi._EARLY_OPTIONS)
+    assert all(f"`{name}`" in told for name in loading.EARLY_OPTIONS)

@@ -45,7 +45,8 @@ def load(name: str | None) -> tuple[Any, list[Equipment]]:
     """
     found = _load_django() if _is_django(name) else load_application(name)
     rooms = [sys.modules[room] for room in _ROOMS if room in sys.modules]
-    equipment = [each for room in rooms if (each := room.equipment_of(found, name or "")) is not None]
+    told = name_of(name) or ""
+    equipment = [each for room in rooms if (each := room.equipment_of(found, told)) is not None]
     return (equipment[-1].app if equipment else found), equipment
 
 

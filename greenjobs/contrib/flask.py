@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask, appcontext_tearing_down, current_app, has_app_context
 from flask.cli import NoAppException, find_best_app
+from flask.globals import app_ctx
 
 from greenjobs import config, surroundings
 from greenjobs.contrib import scopes
@@ -27,6 +28,7 @@ from greenjobs.contrib.flask_commands import group
 from greenjobs.contrib.joining import Sessions, session_extension
 from greenjobs.contrib.sqlalchemy import sqlalchemy_url
 from greenjobs.errors import ConfigError
+from greenjobs.loading import EARLY_OPTIONS
 from greenjobs.surroundings import Surrounding
 
 if TYPE_CHECKING:
@@ -39,8 +41,8 @@ logger = logging.getLogger(__name__)
 _PREFIX = "GREENJOBS_"
 _JOIN = "GREENJOBS_JOIN_SESSION"
 
-# What `greenjobs run` has to know before it loads the application.
-_EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "http", "log_level", "log_format")
+# Where extensions for SQLAlchemy have the database of the application.
+_SQLALCHEMY = ("SQLALCHEMY_DATABASE_URI", "SQLALCHEMY_ENGINES", "SQLALCHEMY_BINDS")
 
 _extensions: weakref.WeakSet[GreenJobs] = weakref.WeakSet()
 _equipped: weakref.WeakSet[Equipment] = weakref.WeakSet()
@@ -64,7 +66,7 @@ class GreenJobs:
         app.cli.add_command(group)
         # After all functions of teardown, one of which may commit.
         appcontext_tearing_down.connect(_context_ends, app)
-        equipment.adopt()
+        equipment.become_latest()
         scopes.install(_scope)
         surroundings.of_application = _surroundings_in_tests
 
@@ -75,16 +77,52 @@ class Equipment:
     def __init__(self, app: Flask) -> None:
         self.app = app
         self._layer = config.Layer(_arguments_in(app.config), _defaults_in(app.config))
-        self.sessions = Sessions(joins=_checked_join(app.config.get(_JOIN, True)))
+        self._joins = _checked_join(app.config.get(_JOIN, True))
+        self._was_in_use = False
+        self.sessions = Sessions(joins=self._joins)
         _equipped.add(self)
 
     @property
     def settings(self) -> config.Settings:
         """Those of the application, complete."""
-        return self._layer.settings()
+        settings = self._layer.settings()
+        if not self._was_in_use or settings.database_url is None:
+            self._look_for_late_settings(settings)
+        return settings
+
+    def _look_for_late_settings(self, settings: config.Settings) -> None:
+        """Say once what `app.config` got after it was read. Raises ConfigError if that is why there is no database."""
+        late = self._late_settings()
+        if late and settings.database_url is None:
+            raise ConfigError(
+                f"No database is named, for app.config of {self.app.name!r} got {late} after GreenJobs had read it: "
+                f"call init_app, or GreenJobs(app), when app.config is complete"
+            )
+        if late and not self._was_in_use:
+            logger.warning(
+                "app.config of %r got %s after GreenJobs had read it, which changes nothing: call init_app, or "
+                "GreenJobs(app), when app.config is complete",
+                *(self.app.name, late),
+            )
+        self._was_in_use = True
+
+    def _late_settings(self) -> str:
+        arguments, former = _arguments_in(self.app.config), self._layer.arguments
+        names = arguments.keys() | former.keys()
+        late = sorted(_PREFIX + name.upper() for name in names if arguments.get(name) != former.get(name))
+        if _defaults_in(self.app.config) != self._layer.defaults:
+            late.append(next((key for key in _SQLALCHEMY if self.app.config.get(key)), _SQLALCHEMY[0]))
+        if self.app.config.get(_JOIN, True) != self._joins:
+            late.append(_JOIN)
+        return ", ".join(late)
 
     def adopt(self) -> None:
-        """Let its settings be those of the process, where no other application is active."""
+        """Let its settings be those of the process, where no other application is active. Raises ConfigError."""
+        self.become_latest()
+        _ = self.settings
+
+    def become_latest(self) -> None:
+        """The same, while the application is set up."""
         global _latest
         _latest = weakref.ref(self)
         config.adopt(self._layer)
@@ -97,12 +135,13 @@ class Equipment:
     def context(self) -> Iterator[None]:
         """A fresh context of the application, and at its end all that ends with one; no session outlives it."""
         left: list[tuple[dict[Any, Any], Any]] = []
+        outer, context = _active_context(), self.app.app_context()
         try:
-            with self.app.app_context():
+            with context:
                 try:
                     yield
                 finally:
-                    left = list(_scope_of_session())
+                    left = _pop_down_to(context, outer)
         finally:
             # A function of teardown that fails keeps those before it from running, Flask-SQLAlchemy's too. Its session
             # is filed under the address of the context, which the context of another job will have one day.
@@ -190,6 +229,29 @@ def _context_ends(app: Flask, exc: BaseException | None = None, **_: Any) -> Non
         equipment.sessions.context_ends(exc)
 
 
+def _active_context() -> Any:
+    proxy: Any = app_ctx
+    return proxy._get_current_object() if proxy else None
+
+
+def _pop_down_to(context: Any, outer: Any) -> list[tuple[dict[Any, Any], Any]]:
+    """Pop what was pushed inside of this context and is still there: with it on top, the teardown of this context would
+    be about the wrong one, and leave its session, with all locks of it. Returns where sessions may be left.
+    """
+    left: list[tuple[dict[Any, Any], Any]] = []
+    while (active := _active_context()) is not outer:
+        left += _scope_of_session()
+        if active is context:
+            break
+        try:
+            active.pop()
+        except Exception:
+            logger.exception("a context that was pushed in a job, and never popped, failed at its end")
+            if _active_context() is active:
+                break
+    return left
+
+
 def _scope_of_session() -> Iterator[tuple[dict[Any, Any], Any]]:
     """Where Flask-SQLAlchemy keeps the session of the active context, and under which key."""
     db = session_extension()
@@ -214,7 +276,7 @@ def _arguments_in(given: Mapping[str, Any]) -> dict[str, Any]:
         if not key.startswith(_PREFIX) or key == _JOIN or value is None or os.environ.get(key) == value:
             continue
         name = key.removeprefix(_PREFIX).lower()
-        if name in _EARLY_OPTIONS:
+        if name in EARLY_OPTIONS:
             raise ConfigError(
                 f"app.config has {key}, which counts before the application is loaded; set it in the environment, in "
                 f"setup.cfg or pyproject.toml, or on the command line"

@@ -50,7 +50,7 @@ class Sessions:
         self._said: set[tuple[str, ...]] = set()
 
     def connection_for(self, database_url: str, job: str) -> Any:
-        """The connection of the active session, in its transaction, if it leads to this database; else None."""
+        """SQLAlchemy's connection of the active session, in its transaction, if it leads to this database, or None."""
         db = session_extension()
         if db is None:
             return None
@@ -139,8 +139,9 @@ def session_extension() -> SQLAlchemy | None:
 
 def _join(db: SQLAlchemy, bind: Any, job: str) -> Any:
     session = db.session()
-    connection = pool.raw_connection(session.connection(bind_arguments={"bind": bind}))
-    if connection.autocommit:  # the engine's isolation level is AUTOCOMMIT: there is nothing to commit
+    connection = session.connection(bind_arguments={"bind": bind})
+    # Where the engine's isolation level is AUTOCOMMIT, there is nothing to commit.
+    if pool.raw_connection(connection).autocommit:
         return connection
     _listen(db)
     joined = session.info.setdefault(_KEY, [])
@@ -182,10 +183,11 @@ def _has_changes(session: Any, bind: Any) -> bool:
         return True
     if not session.in_transaction():
         return False
-    connection = pool.raw_connection(session.connection(bind_arguments={"bind": bind}))
+    connection = session.connection(bind_arguments={"bind": bind})
     try:
-        return inspection.has_written(connection)
+        return inspection.has_written(pool.raw_connection(connection))
     except psycopg2.Error:  # its transaction has failed already, and will be rolled back
+        pool.forget_if_broken(connection)
         return False
 
 

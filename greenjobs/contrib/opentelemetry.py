@@ -7,7 +7,7 @@ Names and attributes are those of the conventions for messaging
 up, nothing is recorded, and nothing is stored with the jobs.
 
 The outcome of an attempt is decided when its span is no longer the active one; it is ended then. Where the function
-runs in another process, the span has no outcome.
+runs in another process, the span is there, with the outcome that its error will mean.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
 from greenjobs import events, surroundings
-from greenjobs.current import current_job
+from greenjobs.current import attempt_here, current_job
 from greenjobs.errors import JobControl
 from greenjobs.events import AttemptEnded, AttemptStarted
 from greenjobs.surroundings import Enqueue
@@ -176,9 +176,7 @@ class _Telemetry:
         finally:
             context.detach(token)
             if watched is None or watched.has_ended or not self.is_on:  # nobody will say what became of it
-                if raised is not None and not isinstance(raised, JobControl):
-                    _fail(span, raised)
-                span.end()
+                _end_unheard(span, raised)
             else:
                 watched.span = span
 
@@ -227,6 +225,20 @@ class _Telemetry:
             self._consumed.add(1, common)
             self._run_seconds.record(event.run_seconds, common)
         self._wait_seconds.record(event.waited_seconds, common)
+
+
+def _end_unheard(span: Span, raised: BaseException | None) -> None:
+    """End the span of an attempt of whose outcome this process does not hear."""
+    attempt = attempt_here()
+    abroad = None if attempt is None else attempt.place.abroad
+    has_failed = raised is not None and not isinstance(raised, JobControl)
+    if abroad is not None:
+        outcome = abroad.outcome_of(raised)
+        span.set_attribute("greenjobs.outcome", outcome)
+        has_failed = outcome in _FAILURES
+    if raised is not None and has_failed:
+        _fail(span, raised)
+    span.end()
 
 
 def _fail(span: Span, error: BaseException) -> None:

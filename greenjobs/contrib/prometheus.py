@@ -55,6 +55,9 @@ _REFRESH_SECONDS = 1.0
 _FRESH_SECONDS = 5.0
 _FRESH_SHARE = 20
 
+# A scrape waits no longer for that: a supervisor gives up after 6 s, and Prometheus after 10 s, unless told otherwise.
+_PATIENCE_SECONDS = 5.5
+
 _STATES = ("available", "running", "scheduled", "failed")
 _OUTCOMES_SHOWN_AT_ONCE = ("done", "retried", "failed")
 
@@ -364,6 +367,8 @@ class _Database:
 
     def __init__(self) -> None:
         self._fresh_until = 0.0
+        self._asked_at = 0.0
+        self._question: gevent.Greenlet[[ConnectionPool], None] | None = None
         self._url: str | None = None
         self._is_up = False
         self._has_counted = False
@@ -379,12 +384,11 @@ class _Database:
             return
         handle = _watches[0].handle
         pool = handle.pools["enqueue"]
-        if time.monotonic() >= self._fresh_until or self._url != pool.database_url:
-            self._ask(pool)
+        has_answered = self._answered(pool)
         up, jobs, oldest = self._families()
-        up.add_metric([], float(self._is_up))
+        up.add_metric([], float(self._is_up and has_answered))
         yield up
-        if not self._has_counted:
+        if not (self._has_counted and has_answered):
             return
         # Queues that are empty are shown, too: what vanishes can be neither drawn nor alarmed about.
         for queue, status in sorted({**dict.fromkeys(handle.workers), **self._queues}.items()):
@@ -405,12 +409,25 @@ class _Database:
             ),
         )
 
-    def _ask(self, pool: ConnectionPool) -> None:
+    def _answered(self, pool: ConnectionPool) -> bool:
+        """Whether what is known is of late; asks if it is not, one question at a time, which may outlast the scrape."""
+        import gevent
+
+        now = time.monotonic()
         if self._url != pool.database_url:
-            self._url, self._queues = pool.database_url, {}
+            self._url, self._queues, self._question = pool.database_url, {}, None
+            self._fresh_until = 0.0
+        if now >= self._fresh_until and (self._question is None or self._question.ready()):
+            self._asked_at = now
+            self._question = gevent.spawn(self._ask, pool)
+        if self._question is None:
+            return True
+        self._question.join(max(self._asked_at + _PATIENCE_SECONDS - now, 0.0))
+        return self._question.ready()
+
+    def _ask(self, pool: ConnectionPool) -> None:
         started = time.monotonic()
-        # Who comes by while the question is on its way gets what was known before.
-        self._fresh_until = started + _FRESH_SECONDS
+        share = _FRESH_SHARE
         try:
             with pool.connection() as connection:
                 found = inspection.queue_statuses(connection)
@@ -420,11 +437,13 @@ class _Database:
             # It is there, and has more rows than can be counted in the time that it has.
             self._is_up = isinstance(error, psycopg2.errors.QueryCanceled)
             self._has_counted = False
+            share = _FRESH_SHARE if self._is_up else 0
         else:
             self._is_up = self._has_counted = True
             self._queues = {**dict.fromkeys(self._queues), **{each.queue or "": each for each in found}}
         ended = time.monotonic()
-        self._fresh_until = ended + max(_FRESH_SECONDS, _FRESH_SHARE * (ended - started))
+        # What took longer than any count may was no count, but a database that stood still.
+        self._fresh_until = ended + max(_FRESH_SECONDS, share * min(ended - started, _PATIENCE_SECONDS))
 
 
 _database = _Database()

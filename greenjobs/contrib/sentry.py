@@ -7,8 +7,9 @@ enqueue. To set options, or to leave it out:
     sentry_sdk.init(dsn=…, disabled_integrations=[GreenjobsIntegration])
 
 What is to be said of an attempt depends on its outcome, which is decided when its scope has been left: so its scopes
-and its span stay open until then. An attempt whose function runs in another process has none here; its error is
-reported with what the event says.
+and its span stay open until then. Where the function runs in another process, so do its scopes and its span; its error
+is reported there, with what it will mean. What kept it from being reported there is reported here, such as the death
+of that process, with what the event says.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from sentry_sdk.utils import parse_version
 from greenjobs import events
 from greenjobs.contrib import sentry_events, sentry_spans
 from greenjobs.contrib.sentry_spans import JobSpan
-from greenjobs.current import current_job
+from greenjobs.current import attempt_here, current_job
 from greenjobs.errors import JobControl
-from greenjobs.events import AttemptEnded, AttemptStarted, LoopHeld, RunnerEnded
+from greenjobs.events import AttemptEnded, AttemptStarted, LoopHeld, Outcome, RunnerEnded
 from greenjobs.surroundings import Enqueue, surround, surround_enqueue
 
 __all__ = ["GreenjobsIntegration"]
@@ -182,6 +183,8 @@ def _around_attempt() -> Iterator[None]:
         try:
             yield
         except BaseException as error:
+            if opened is not None:
+                _report_abroad(error, integration)
             _leave(opened, watched, "aborted" if isinstance(error, JobControl) else "internal_error")
             raise
         _leave(opened, watched, "ok")
@@ -202,6 +205,18 @@ def _fresh_scope() -> Scope:
     scope.clear_breadcrumbs()
     scope.set_new_propagation_context()  # or all would be in one trace
     return scope
+
+
+def _report_abroad(error: BaseException, integration: GreenjobsIntegration) -> None:
+    """Report the error of a job that has this process for itself: the runner has neither its scopes nor its stack."""
+    attempt = attempt_here()
+    abroad = None if attempt is None else attempt.place.abroad
+    if abroad is None:
+        return
+    outcome = abroad.outcome_of(error)
+    if _is_reported(error, outcome, integration):
+        sentry_events.capture(error, outcome)
+        abroad.is_reported = True
 
 
 def _leave(opened: _Open | None, watched: _Watched | None, status: str) -> None:
@@ -226,22 +241,26 @@ def _attempt_ended(event: AttemptEnded) -> None:
     if watched is not None:
         watched.has_ended = True
         opened, watched.open = watched.open, None
-    if _is_reported(event, integration):
+    if event.error is not None and _is_reported(event.error, event.outcome, integration) and not _was_reported():
         with opened.entered() if opened is not None else _scope_of(event):
-            sentry_events.capture(event)
+            sentry_events.capture(event.error, event.outcome)
     if opened is not None:
         opened.end(_STATUSES.get(event.outcome, "aborted"))
     if watched is not None and watched.schedule is not None:
         sentry_events.check_out(event, watched.schedule)
 
 
-def _is_reported(event: AttemptEnded, integration: GreenjobsIntegration) -> bool:
-    if event.error is None:
-        return False
-    if event.outcome == "retried":
-        return integration.report_retries and not sentry_events.is_asked_for(event.error)
+def _is_reported(error: BaseException, outcome: Outcome, integration: GreenjobsIntegration) -> bool:
+    if outcome == "retried":
+        return integration.report_retries and not sentry_events.is_asked_for(error)
     # One that has completed in its own transaction is done, whatever it raised afterwards.
-    return event.outcome == "failed" or (event.outcome == "done" and not isinstance(event.error, JobControl))
+    return outcome == "failed" or (outcome == "done" and not isinstance(error, JobControl))
+
+
+def _was_reported() -> bool:
+    """Whether the process has done so in which the function ran."""
+    attempt = attempt_here()
+    return attempt is not None and attempt.elsewhere is not None and attempt.elsewhere.is_reported
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from sentry_sdk.utils import event_from_exception
 from greenjobs.control import Retry
 from greenjobs.current import current_job
 from greenjobs.errors import UnknownJob
-from greenjobs.events import AttemptEnded
+from greenjobs.events import AttemptEnded, Outcome
 from greenjobs.job import find_job
 
 # Larger ones are cut: Sentry refuses events of more than a megabyte.
@@ -118,18 +118,16 @@ def is_asked_for(error: BaseException) -> bool:
     return isinstance(error, Retry)
 
 
-def capture(ended: AttemptEnded) -> None:
+def capture(error: BaseException, outcome: Outcome) -> None:
     """Report the error of an attempt, in the scope that is entered."""
-    error = ended.error
-    assert error is not None
     event, hint = event_from_exception(
         (type(error), error, _without_ours(error.__traceback__)),
         client_options=sentry_sdk.get_client().options,
-        mechanism={"type": "greenjobs", "handled": ended.outcome != "failed"},
+        mechanism={"type": "greenjobs", "handled": outcome != "failed"},
     )
-    if ended.outcome == "retried":
+    if outcome == "retried":
         event["level"] = "warning"
-    event["tags"] = {"outcome": ended.outcome}
+    event["tags"] = {"outcome": outcome}
     sentry_sdk.capture_event(event, hint=hint)
 
 

@@ -29,6 +29,7 @@ from greenjobs.contrib import scopes
 from greenjobs.current import current_job
 from greenjobs.errors import ConfigError
 from greenjobs.holding import Held, Hold, release
+from greenjobs.loading import EARLY_OPTIONS
 
 if TYPE_CHECKING:
     from greenjobs.runner import Runner, RunnerHandle
@@ -39,9 +40,6 @@ logger = logging.getLogger(__name__)
 
 Environ = MutableMapping[str, Any]
 Application = Callable[..., Iterable[bytes]]
-
-# What `greenjobs run` has to know before it loads the application.
-_EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "log_level")
 
 # The names by which servers look for an application in a module.
 _NAMES = ("application", "app")
@@ -322,7 +320,7 @@ _made: weakref.WeakSet[GreenJobs] = weakref.WeakSet()
 
 
 def _checked(settings: dict[str, Any]) -> dict[str, Any]:
-    for name in _EARLY_OPTIONS:
+    for name in EARLY_OPTIONS:
         if settings.get(name) is not None:
             raise ConfigError(
                 f"GreenJobs has {name}, which counts before the application is loaded; set it in the environment, in "

@@ -42,6 +42,9 @@ _SENSITIVE = (
 # They take the originals on purpose.
 _KNOWING = ("gevent", "greenlet", "greenjobs", "psycogreen", "psycopg2", "zope")
 
+# What `opentelemetry-instrument` imports before it patches: they hold their locks for an instant, and never wait then.
+_HARMLESS = ("opentelemetry.util._once", "wrapt.importer", "wrapt.synchronization")
+
 # Of what gevent replaces, that in which a job would wait, or which it would share with others, if it had the original.
 # The rest is bookkeeping, or finds by itself what has taken the place of its parts, as threading.Event does.
 _WAITING = {
@@ -222,7 +225,8 @@ def _early_modules() -> Iterator[ModuleType]:
         module = sys.modules.get(name)
         top = name.partition(".")[0]
         # Not every module is one: some put objects of their own there, which load more when they are looked at.
-        if isinstance(module, ModuleType) and top not in _KNOWING and top not in sys.stdlib_module_names:
+        is_looked_at = top not in _KNOWING and top not in sys.stdlib_module_names and name not in _HARMLESS
+        if isinstance(module, ModuleType) and is_looked_at:
             yield module
 
 

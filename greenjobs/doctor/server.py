@@ -26,6 +26,9 @@ _NAP_SECONDS = 0.2
 _NOTIFY_SECONDS = 4.0
 _POOLER_SECONDS = 2.0
 
+# A process for jobs has one job at a time: a connection that is lent to it, and one on which it enqueues.
+_PROCESS_CONNECTIONS = 2
+
 # Two connections may have to be opened.
 _SESSION_SECONDS = 12.0
 
@@ -242,6 +245,8 @@ def connections(case: Case) -> Verdict:
     room, settings = fitness.room(reached), case.settings
     least = SERVICE_CONNECTIONS + 1
     most = least + settings.job_connections + settings.enqueue_connections
+    if any(job.policy.executor == "process" for job in case.application.jobs.values()):
+        most += _PROCESS_CONNECTIONS * (settings.job_processes or os.cpu_count() or 1)
     live = len(inspection.live_runners(reached))
     runners = live + settings.processes
     limits = {

@@ -11,9 +11,7 @@ from django.conf import settings
 
 from greenjobs import config
 from greenjobs.errors import ConfigError
-
-# What `greenjobs run` has to know before it loads the project.
-EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "log_level")
+from greenjobs.loading import EARLY_OPTIONS
 
 TRANSACTION = ("join", "on_commit")
 
