@@ -41,11 +41,14 @@ def alone() -> Iterator[Celery]:
 
 def run(*tasks: Any) -> None:
     """Run what waits for these tasks, until nothing could run now."""
+    names = {task.job.name for task in tasks}
     while True:
         running.work_off(*(task.job for task in tasks))
         now = datetime.now(timezone.utc) + timedelta(milliseconds=1)
-        # A runner stops between the moment in which a task wants to be retried at once, and the next.
-        if not any(job.run_at <= now for job in jobs.find(state="scheduled") if isinstance(job, StoredJob)):
+        # A runner stops between the moment in which a task wants to be retried at once, and the next; its last act may
+        # have been to make that one available.
+        left = [*jobs.find(state="scheduled"), *jobs.find(state="available")]
+        if not any(job.run_at <= now for job in left if isinstance(job, StoredJob) and job.job_type in names):
             return
 
 

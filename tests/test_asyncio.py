@@ -85,7 +85,8 @@ greenjobs.configure(enqueue_connections=2)
 async def main():
     handles = await asyncio.gather(*(note.adelay(number) for number in range(300)))
     assert len({handle.id for handle in handles}) == 300
-    sessions = rows("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'greenjobs'")
+    ours = "datname = current_database() AND application_name = 'greenjobs'"
+    sessions = rows(f"SELECT count(*) FROM pg_stat_activity WHERE {ours}")
     assert 1 <= sessions[0][0] <= 2
 
 asyncio.run(main())

@@ -25,7 +25,8 @@ def printed(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def test_partner_that_is_down_is_called_three_times_and_nonsense_once(printed: dict[str, str]) -> None:
-    lines = printed["Retries"].splitlines()
+    # By whichever of the page's runners: on a slow machine the first one has not the time for all of them.
+    lines = "\n".join(printed.values()).splitlines()
     assert lines.count("attempt 1, last: False") == 2
     assert lines.count("attempt 2, last: False") == 1
     assert lines.count("attempt 3, last: True") == 1

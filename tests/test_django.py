@@ -695,7 +695,8 @@ def test_job_that_is_cut_off_in_the_database_leaves_no_session(database: running
     work_off(work)
     assert database.state(handle.id) == "failed"
     assert not database.rows(
-        "SELECT FROM pg_stat_activity WHERE query LIKE '%%pg_sleep%%' AND state = 'active' AND pid <> pg_backend_pid()"
+        "SELECT FROM pg_stat_activity WHERE datname = current_database()"
+        " AND query LIKE '%%pg_sleep%%' AND state = 'active' AND pid <> pg_backend_pid()"
     )
 
 

@@ -354,7 +354,8 @@ def test_job_cut_off_in_the_database_leaves_no_broken_connection(database: runni
     work_off(app, work, pool=1)
     assert (database.state(cut_off.id), database.state(handle.id)) == ("failed", None)
     assert not database.rows(
-        "SELECT FROM pg_stat_activity WHERE query LIKE '%%pg_sleep%%' AND state = 'active' AND pid <> pg_backend_pid()"
+        "SELECT FROM pg_stat_activity WHERE datname = current_database()"
+        " AND query LIKE '%%pg_sleep%%' AND state = 'active' AND pid <> pg_backend_pid()"
     )
 
 

@@ -213,7 +213,10 @@ def test_timeout_is_raised_there(database: running.Database, how: str) -> None:
 
 def test_statement_of_a_job_that_timed_out_is_cancelled(database: running.Database) -> None:
     error_of(process_jobs.take_too_long.delay("sql"))
-    statements = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%%' AND state = 'active'"
+    statements = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND query LIKE 'SELECT pg_sleep%%' AND state = 'active'"
+    )
     eventually(lambda: database.value(statements) == 0, "the statement goes on", seconds=60)
 
 

@@ -198,7 +198,10 @@ def test_statement_that_is_interrupted_by_a_timeout_leaves_no_broken_connection(
     assert database.count("state = 'failed' AND errors->-1->>'error' = 'JobTimeout'") == 6
     pool = lent_from(database)
     assert (len(pool._idle), pool._open, dict(pool._lent)) == (0, 0, {})
-    running_statements = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%%pg_sleep(600)'"
+    running_statements = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND state = 'active' AND query LIKE '%%pg_sleep(600)'"
+    )
     assert database.value(running_statements) == 0
     assert notes(database) == []
     assert backend()

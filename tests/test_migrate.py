@@ -105,7 +105,8 @@ def test_migrator_that_is_killed_leaves_no_lock_behind(database: running.Databas
     holder.cursor().execute("LOCK TABLE background_jobs")
     victim = gevent.spawn(migrate.migrate, database.url)
     eventually(lambda: "greenjobs migrate" in database.sessions(), "nobody migrates")
-    eventually(lambda: database.column("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"), "nobody waits")
+    waits = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    eventually(lambda: database.column(waits), "nobody waits")
     victim.kill()
     holder.close()
 

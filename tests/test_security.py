@@ -244,7 +244,7 @@ def test_no_statement_is_made_of_values_where_it_is_run() -> None:
     assert found == {
         ("embedded_guard.py", "_make_database"),  # of a constant
         ("grants.py", "_statements"),  # of a constant, with names that psycopg2.sql quotes
-        ("lending.py", "_refuse"),  # a message
+        ("lending.py", "refuse_to_end"),  # a message
         ("migrate.py", "as_sql"),  # to be printed, of our own files
         ("storage/history.py", "listen_for_end"),  # of numbers
         ("storage/history.py", "removal"),  # called where modules are loaded

@@ -351,7 +351,10 @@ def test_statement_of_a_job_that_timed_out_is_cancelled(database: running.Databa
 
     work.delay()
     running.work_off(work)
-    statements = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%' AND state = 'active'"
+    statements = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND query LIKE 'SELECT pg_sleep%' AND state = 'active'"
+    )
     eventually(lambda: database.value(statements) == 0, "the statement goes on", seconds=running.PATIENCE_SECONDS)
 
 

@@ -73,14 +73,14 @@ FROM pg_stat_activity
 WHERE datname = current_database()
     AND application_name = 'greenjobs wait'
     AND state = 'idle'
-    AND query LIKE '%look_at_job%'
+    AND query LIKE 'EXECUTE %look_at_job%'
 """
 
 
 def listens(database: running.Database, count: int = 1, besides: Sequence[int] = ()) -> list[int]:
     """Block until so many calls wait, on other connections than these; returns the ids of their sessions.
 
-    They look once after they listen, and are idle then.
+    They look once after they listen, and are idle then; so they are, too, where that look has only been prepared.
     """
 
     def new() -> list[int]:

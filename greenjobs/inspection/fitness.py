@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from psycopg2 import sql
+
 from greenjobs.grants import RIGHTS
 
 if TYPE_CHECKING:
@@ -134,13 +136,13 @@ def lock_is_seen(holder: Connection, observer: Connection) -> bool:
 def listen(connection: Connection, channel: str) -> None:
     """Hear what is notified on this channel."""
     with connection.cursor() as cursor:
-        cursor.execute(f'LISTEN "{channel}"')
+        cursor.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
 
 
 def unlisten(connection: Connection, channel: str) -> None:
     """Hear no more of it."""
     with connection.cursor() as cursor:
-        cursor.execute(f'UNLISTEN "{channel}"')
+        cursor.execute(sql.SQL("UNLISTEN {}").format(sql.Identifier(channel)))
 
 
 def notify(connection: Connection, channel: str, payload: str) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from psycopg2 import sql
+
 from greenjobs.storage.fence import Fence
 
 if TYPE_CHECKING:
@@ -156,7 +158,7 @@ RETURNING xmin::text
 
 def set_savepoint(connection: Connection, claim: Claim, name: str = "greenjobs_attempt") -> str | None:
     """Mark the place in the transaction that `back_to_savepoint` goes back to; returns what `drop_savepoint` takes."""
-    _do(connection, f"SAVEPOINT {name}")
+    _do(connection, sql.SQL("SAVEPOINT {}").format(sql.Identifier(name)))
     return _touch(connection, claim)
 
 
@@ -169,12 +171,12 @@ def drop_savepoint(connection: Connection, claim: Claim, mark: str | None, name:
 
 def back_to_savepoint(connection: Connection, name: str = "greenjobs_attempt") -> None:
     """Undo what was done since, if the savepoint is still there; raises InvalidSavepointSpecification if not."""
-    _do(connection, f"ROLLBACK TO SAVEPOINT {name}")
+    _do(connection, sql.SQL("ROLLBACK TO SAVEPOINT {}").format(sql.Identifier(name)))
 
 
 def forget_savepoint(connection: Connection, name: str) -> None:
     """Forget a savepoint, and all that are later."""
-    _do(connection, f"RELEASE SAVEPOINT {name}")
+    _do(connection, sql.SQL("RELEASE SAVEPOINT {}").format(sql.Identifier(name)))
 
 
 def _touch(connection: Connection, claim: Claim) -> str | None:
@@ -187,6 +189,6 @@ def _touch(connection: Connection, claim: Claim) -> str | None:
     return None
 
 
-def _do(connection: Connection, statement: str) -> None:
+def _do(connection: Connection, statement: sql.Composed) -> None:
     with connection.cursor() as cursor:
         cursor.execute(statement)
