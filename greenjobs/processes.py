@@ -179,6 +179,12 @@ class Processes(Annex):
         if self._is_closed:
             return
         if child.has_been_up or child.is_leaving:
+            if child.call is None and not child.is_leaving:  # else the job that ran there says it
+                logger.warning(
+                    "job process %s %s while it waited for a job; another takes its place",
+                    *(child.pid, _described(status)),
+                    extra={"pid": child.pid},
+                )
             self._distribute()
             return
         pause = min(_FIRST_PAUSE_SECONDS * 2.0 ** min(self._failed_starts, 10), _LONGEST_PAUSE_SECONDS)

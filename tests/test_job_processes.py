@@ -292,10 +292,14 @@ def test_death_is_a_failed_attempt_up_to_max_retries(database: running.Database)
     )
 
 
-def test_process_that_waits_and_is_killed_is_replaced(database: running.Database) -> None:
+def test_process_that_waits_and_is_killed_is_replaced_and_named(
+    database: running.Database, caplog: pytest.LogCaptureFixture
+) -> None:
     pid = result(process_jobs.look.delay("before"))["pid"]
     os.kill(pid, signal.SIGKILL)
     assert result(process_jobs.look.delay("after"))["pid"] != pid
+    named = f"job process {pid} was ended by SIGKILL while it waited for a job"
+    eventually(lambda: named in caplog.text, "nobody was told", seconds=running.PATIENCE_SECONDS)
 
 
 def test_other_jobs_of_the_runner_go_on_meanwhile(database: running.Database, tmp_path: Path) -> None:
