@@ -18,6 +18,7 @@ from waiting import eventually
 from greenjobs import inspection, storage
 from greenjobs.pool import connect
 from greenjobs.storage import ClaimCursor, Failure, Fence, NewJobs
+from greenjobs.storage.transaction import undone_alone
 
 _OURS = 11
 _OTHERS = 12
@@ -716,3 +717,27 @@ def test_seconds_until_due(connection: Connection, delay: float | None, expected
     seconds = inspection.seconds_until_due(connection)
 
     assert seconds == expected if expected is None else seconds is not None and expected - 30 < seconds <= expected
+
+
+@pytest.mark.parametrize("block", [storage.atomic, undone_alone])
+def test_end_of_a_greenlet_within_a_transaction_is_nothing_but_that(block: Any, database: running.Database) -> None:
+    """Taken for an error of the database it would be tried again, and the runner that waits for it never end."""
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        connection = connect(database.url, application_name="killed", timeout_seconds=10)
+        connection.autocommit = block is storage.atomic
+        try:
+            with block(connection), connection.cursor() as cursor:
+                cursor.execute("SELECT pg_sleep(600)")
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    greenlet = gevent.spawn(work)
+    sleeping = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'killed' AND state = 'active'"
+    of_here = " AND datname = current_database()"
+    eventually(lambda: database.value(sleeping + of_here) == 1, "not under way", seconds=running.PATIENCE_SECONDS)
+    greenlet.kill(timeout=running.PATIENCE_SECONDS)
+    assert [type(error) for error in raised] == [gevent.GreenletExit]
+    eventually(lambda: database.value(sleeping + of_here) == 0, "goes on", seconds=running.PATIENCE_SECONDS)

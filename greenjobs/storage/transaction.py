@@ -23,8 +23,16 @@ def atomic(connection: Connection) -> Iterator[None]:
         return
     connection.autocommit = False
     try:
-        with connection:
-            yield
+        yield
+    except BaseException:
+        # What interrupts a statement closes the connection, which undoes the transaction. It has to come out as itself:
+        # psycopg2's own `with connection:` would complain of the closed connection, and the end of a greenlet be taken
+        # for a bad day of the database.
+        if not connection.closed:
+            connection.rollback()
+        raise
+    else:
+        connection.commit()
     finally:
         if not connection.closed:
             connection.autocommit = True
@@ -41,10 +49,12 @@ def undone_alone(connection: Connection) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            cursor.execute("ROLLBACK TO SAVEPOINT greenjobs_statement")
+            if not connection.closed:  # as above
+                cursor.execute("ROLLBACK TO SAVEPOINT greenjobs_statement")
             raise
         finally:
-            cursor.execute("RELEASE SAVEPOINT greenjobs_statement")
+            if not connection.closed:
+                cursor.execute("RELEASE SAVEPOINT greenjobs_statement")
 
 
 _TRANSACTION_ID = """
