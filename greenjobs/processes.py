@@ -171,15 +171,17 @@ class Processes(Annex):
         self._children.remove(child)
         if child in self._idle:
             self._idle.remove(child)
-        if child.call is not None and (child.call.has_begun or child.call.attempt.interrupted_by is not None):
-            child.call.fail(JobProcessDied(f"its process {child.pid} {_described(status)}", status=status))
-        elif child.call is not None:  # it died before the job came, which is for another one, then
-            child.call.child = None
-            self._awaiting.appendleft(child.call)
+        call = child.call
+        is_in_job = call is not None and (call.has_begun or call.attempt.interrupted_by is not None)
+        if call is not None and is_in_job:
+            call.fail(JobProcessDied(f"its process {child.pid} {_described(status)}", status=status))
+        elif call is not None:  # it died before the job came, which is for another one, then
+            call.child = None
+            self._awaiting.appendleft(call)
         if self._is_closed:
             return
         if child.has_been_up or child.is_leaving:
-            if child.call is None and not child.is_leaving:  # else the job that ran there says it
+            if not (is_in_job or child.is_leaving):  # else the job that ran there says it
                 logger.warning(
                     "job process %s %s while it waited for a job; another takes its place",
                     *(child.pid, _described(status)),
