@@ -210,10 +210,12 @@ class Running:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         look_at = 0.0
         while True:
-            if watch_connections and time.monotonic() >= look_at:  # once at least, however soon they are done
+            done = self.done()
+            # Also at the end, when all of them are open, however soon that comes.
+            if watch_connections and (done >= jobs or time.monotonic() >= look_at):
                 self.connections = max(self.connections, self._database.server.connections_to(self._database.name))
                 look_at = time.monotonic() + _CONNECTIONS_LOOK_SECONDS
-            if (done := self.done()) >= jobs:
+            if done >= jobs:
                 return
             for program in self.programs:
                 if program.has_ended():
