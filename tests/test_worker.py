@@ -995,6 +995,7 @@ def test_jobs_for_later_run_in_the_order_of_their_time(database: running.Databas
         for left in (2, 1, 0):
             # An hour goes by.
             database.rows("UPDATE background_jobs SET run_at = run_at - interval '1 hour'")
+            database.rows("SELECT pg_notify('greenjobs', 'due')")
             database.wait_for("true", count=left)
 
     assert ran == [1, 2, 3]
