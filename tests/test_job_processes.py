@@ -53,7 +53,9 @@ def database(url: str, handle: RunnerHandle) -> Iterator[running.Database]:
     database = running.Database(url)
     yield database
     # No event of what this test leaves running is to reach the next one.
-    eventually(lambda: not (handle.running_jobs() or handle.held_ids()), "jobs go on", seconds=processes.PATIENCE_SECONDS)
+    eventually(
+        lambda: not (handle.running_jobs() or handle.held_ids()), "jobs go on", seconds=processes.PATIENCE_SECONDS
+    )
     database.rows("TRUNCATE background_jobs, background_history, notes")
     database.connection.close()
 

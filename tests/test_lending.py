@@ -13,6 +13,7 @@ import pytest
 import running
 from gevent.event import Event
 from psycopg2 import errors, extras
+from waiting import eventually
 
 import greenjobs
 from greenjobs import config, job, waits
@@ -23,7 +24,7 @@ from greenjobs.runner import Runner
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[running.Database]:
-    with running.application(database_url, job_connections=2, job_connection_timeout=20) as database:
+    with running.application(database_url, job_connections=2, job_connection_timeout=60) as database:
         database.rows("CREATE TABLE notes (what text)")
         yield database
 
@@ -186,7 +187,7 @@ def test_broken_connection_is_not_lent_again(database: running.Database) -> None
 
 
 def test_statement_that_is_interrupted_by_a_timeout_leaves_no_broken_connection(database: running.Database) -> None:
-    @job(timeout=0.1, max_retries=0)
+    @job(timeout=1, max_retries=0)  # by then those who have a connection wait in the server
     def sleep() -> None:
         with greenjobs.connection() as connection:
             cursor = connection.cursor()
@@ -202,7 +203,7 @@ def test_statement_that_is_interrupted_by_a_timeout_leaves_no_broken_connection(
         "SELECT count(*) FROM pg_stat_activity"
         " WHERE datname = current_database() AND state = 'active' AND query LIKE '%%pg_sleep(600)'"
     )
-    assert database.value(running_statements) == 0
+    eventually(lambda: database.value(running_statements) == 0, "a statement goes on")
     assert notes(database) == []
     assert backend()
 
@@ -247,7 +248,7 @@ def test_timeout_that_the_job_catches_is_no_commit(database: running.Database) -
     """What was written before is gone, and the end of the block says so."""
     seen = []
 
-    @job(timeout=0.1, max_retries=0)
+    @job(max_retries=0)
     def stubborn() -> None:
         with greenjobs.connection() as connection:
             cursor = connection.cursor()
@@ -257,6 +258,13 @@ def test_timeout_that_the_job_catches_is_no_commit(database: running.Database) -
             seen.append("went on")
 
     stubborn.delay()
-    running.work_off(stubborn)
+    sleeps = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND state = 'active' AND query = 'SELECT pg_sleep(600)'"
+    )
+    with running.started(Runner().register(stubborn)) as handle:
+        eventually(lambda: database.value(sleeps) == 1, "it does not come to it")
+        handle.workers["default"].interrupt_all(lambda: JobTimeout("its time is up"))
+        database.wait_for("state = 'failed'")
     assert (seen, notes(database)) == (["went on"], [])
     assert database.count("state = 'failed' AND errors->-1->>'error' = 'InterfaceError'") == 1

@@ -362,7 +362,7 @@ def test_search_path_decides_the_schema(database: running.Database) -> None:
 
 
 def test_search_path_without_an_existing_schema_is_an_error(database: running.Database) -> None:
-    with gevent.Timeout(10), pytest.raises(SchemaError, match="search_path"):
+    with gevent.Timeout(60), pytest.raises(SchemaError, match="search_path"):
         migrate.migrate(in_schema(database.url, "nowhere"))
 
 

@@ -296,7 +296,8 @@ def test_whoever_is_asked_answers_for_all(supervised: tuple[Scraped, processes.P
     labels = {"job_type": "send", "queue": "emails"}
     seen = scraped.when("greenjobs_attempts_ended_total", 200, **labels, outcome="done")
     assert value(seen, "greenjobs_attempt_run_seconds_count", **labels) == 200
-    assert value(seen, "greenjobs_slots", queue="emails") == 100
+    # What goes up and down each says once a second, of which the first may not be over.
+    scraped.when("greenjobs_slots", 100, queue="emails")
 
 
 def test_what_is_in_the_database_is_shown_once_for_all_processes(supervised: tuple[Scraped, processes.Process]) -> None:

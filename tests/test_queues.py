@@ -150,6 +150,8 @@ def test_read_ahead_is_given_back_when_its_queue_is_paused(database: running.Dat
         ran += 1
         if ran == 500:
             begun.set()
+        if ran > 500:  # so that they are not all done before the pause is heard of
+            gevent.sleep(0.001)
 
     quick.delay_many([()] * 20_000)
     with running.started(Runner().register(quick).configure_queue("emails", pool=5)) as handle:

@@ -363,6 +363,7 @@ def test_password_of_the_database_is_in_nothing_that_is_printed(database_url: st
     command = ("greenjobs", "run", "--log-level", "DEBUG", "--processes", "2", "--until-empty")
     with processes.start(*command, folder=tmp_path, database_url=url) as process:
         eventually((tmp_path / "waiting").exists, "the job did not begin", seconds=processes.PATIENCE_SECONDS)
+        process.wait_for_line(r"process \d+ is up")  # before that it is not asked
         process.send(signal.SIGQUIT)
         process.wait_for_line(r"app\.py.* in wait")
         (tmp_path / "go").touch()

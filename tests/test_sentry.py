@@ -246,7 +246,9 @@ def chosen(server_url: str, migrated_template: str, tmp_path_factory: pytest.Tem
         with made.runner("--processes", "2", "--max-crashes", "1", **options) as runner:
             made.wait_until_settled(failed=3)
             # What a process has not sent is lost when it is killed.
-            made.sentry.wait_for(4, lambda: [*made.sentry.errors(job_type="mix"), *made.sentry.errors(job_type="twice")])
+            made.sentry.wait_for(
+                4, lambda: [*made.sentry.errors(job_type="mix"), *made.sentry.errors(job_type="twice")]
+            )
             made.sentry.wait_for(1, lambda: told_of_loop(made))
             made.sentry.wait_for(1, lambda: spans(made, "work", "queue.publish"))
             made.sentry.wait_for(1, lambda: spans(made, "work", "queue.process"))

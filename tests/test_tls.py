@@ -20,10 +20,11 @@ import trustme
 from gevent import socket
 from gevent.server import StreamServer
 from psycopg2 import extensions
+from waiting import eventually
 
 import greenjobs
 from greenjobs import job
-from greenjobs.errors import DatabaseUnavailable
+from greenjobs.errors import DatabaseUnavailable, JobHardTimeout
 from greenjobs.runner import Runner
 
 # The codes of the first message of a connection (pqcomm.h).
@@ -125,7 +126,7 @@ def test_everything_goes_over_tls_where_the_url_says_so_cancels_too(
 
     with running.application(url, max_retries=0) as database:
 
-        @job(hard_timeout=0.5)
+        @job
         def stuck() -> None:
             try:
                 with greenjobs.connection() as connection, connection.cursor() as cursor:
@@ -135,10 +136,16 @@ def test_everything_goes_over_tls_where_the_url_says_so_cancels_too(
                 raise
 
         stuck.delay()
-        with running.started(Runner().register(stuck)):
+        sleeps = (
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND state = 'active' AND query LIKE 'SELECT pg_sleep(600)%'"
+        )
+        with running.started(Runner().register(stuck)) as handle:
+            eventually(lambda: database.value(sleeps) == 1, "it does not come to it")
+            handle.workers["default"].interrupt_all(lambda: JobHardTimeout("its time is up"))
             database.wait_for("state = 'failed'")
         assert interrupted
-        assert database.value("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(600)%%'") == 0
+        eventually(lambda: database.value(sleeps) == 0, "the statement goes on")
     assert tls.encrypted >= 5  # session, service, enqueue, the job's own, and the one that cancels
     assert tls.in_clear == 0
     if extensions.libpq_version() >= 170000:
@@ -196,7 +203,7 @@ def never() -> None: ...
 
 @contextlib.contextmanager
 def running_configured(url: str) -> Iterator[None]:
-    greenjobs.configure(database_url=url, enqueue_timeout=10)
+    greenjobs.configure(database_url=url, enqueue_timeout=60)
     try:
         yield
     finally:

@@ -230,10 +230,8 @@ def test_each_of_those_that_hold_it_one_after_the_other_is_named(
     assert all(each.seconds > 0.3 for each in of("block", seen))
 
 
-def test_many_short_ones_are_not_blamed_on_one(
-    seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture
-) -> None:
-    """By the watchdog itself, as no job is short on a machine that stands still: each look meets one that just began."""
+def test_many_short_ones_are_not_blamed_on_one(seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture) -> None:
+    """By the watchdog itself, as no job is short on a machine that stands still: its look meets one that just began."""
 
     def find(frame: FrameType) -> Any:
         return SimpleNamespace(started=time.perf_counter()), frame
