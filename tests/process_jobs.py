@@ -165,6 +165,23 @@ def take_too_long(how: str) -> None:
         cursor.execute("SELECT pg_sleep(60)")
 
 
+@job(executor="process", timeout=0.3, max_retries=0)
+def sleep_through_the_first_signal() -> None:
+    """As one does that goes to sleep at the very moment in which it arrives."""
+    kill, missed = signal.pthread_kill, []
+
+    def pthread_kill(thread: int, number: int) -> None:
+        if missed:
+            kill(thread, number)
+        missed.append(number)
+
+    signal.pthread_kill = pthread_kill
+    try:
+        time.sleep(60)
+    finally:
+        signal.pthread_kill = kill
+
+
 @job(executor="process", timeout=0.3, keep="1 hour", keep_result=True)
 def end_well() -> str:
     try:

@@ -60,13 +60,19 @@ class Database:
         eventually(lambda: self.count(condition, *parameters) == count, seen, seconds=PATIENCE_SECONDS)
 
     def terminate_sessions(self, application_name: str) -> int:
-        """End the connections of this name, as a restart of the server does; returns how many there were."""
-        ended = self.column(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        """End the connections of this name, as a restart of the server does, and wait for it; returns how many there were.
+
+        Who had them hears of it before they are gone, and may have got others by then.
+        """
+        ended = self.rows(
+            "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND application_name = %s",
             application_name,
         )
-        return len(ended)
+        left = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(%s)"
+        pids = [pid for pid, _ in ended]
+        eventually(lambda: self.value(left, pids) == 0, f"backends {pids} live on", seconds=PATIENCE_SECONDS)
+        return len(pids)
 
     def terminate(self, pid: int) -> None:
         """End the session of this backend, and wait for it."""

@@ -234,6 +234,11 @@ def test_timeout_is_raised_there(database: running.Database, how: str) -> None:
     assert error_of(handle) == "JobTimeout: take_too_long ran for more than 0.3 s"
 
 
+def test_timeout_reaches_a_job_that_went_to_sleep_just_when_it_came(database: running.Database) -> None:
+    error = error_of(process_jobs.sleep_through_the_first_signal.delay())
+    assert error == "JobTimeout: sleep_through_the_first_signal ran for more than 0.3 s"
+
+
 def test_statement_of_a_job_that_timed_out_is_cancelled(database: running.Database) -> None:
     error_of(process_jobs.take_too_long.delay("sql"))
     statements = (
