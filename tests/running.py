@@ -60,7 +60,7 @@ class Database:
         eventually(lambda: self.count(condition, *parameters) == count, seen, seconds=PATIENCE_SECONDS)
 
     def terminate_sessions(self, application_name: str) -> int:
-        """End the connections of this name, as a restart of the server does, and wait for it; returns how many there were.
+        """End the connections of this name, as a restart of the server does, and wait for it; returns their number.
 
         Who had them hears of it before they are gone, and may have got others by then.
         """
@@ -90,10 +90,13 @@ class Database:
 
 @contextlib.contextmanager
 def application(url: str, **settings: Any) -> Iterator[Database]:
-    """An application of its own: no jobs declared yet, and this database configured, until the end of the block."""
+    """An application of its own: no jobs declared yet, and this database configured, until the end of the block.
+
+    Who enqueues in it waits for the database as long as a busy machine needs, unless the settings say otherwise.
+    """
     declared = dict(_job_module._registry)  # type: ignore[attr-defined]
     _job_module._registry.clear()  # type: ignore[attr-defined]
-    greenjobs.configure(database_url=url, **settings)
+    greenjobs.configure(database_url=url, **{"enqueue_timeout": PATIENCE_SECONDS, **settings})
     database = Database(url)
     try:
         yield database

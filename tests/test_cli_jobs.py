@@ -428,7 +428,8 @@ def test_job_that_is_discarded_under_load_is_run_or_discarded_and_never_both(tmp
         """,
     )
     (tmp_path / "done").mkdir()
-    with processes.runner(tmp_path, database_url):
+    # Few at a time, for many to be left when the command comes to it, however long that takes to start.
+    with processes.runner(tmp_path, database_url, "--pool", "10"):
         code = "from app import note; note.delay_many([(number,) for number in range(3000)])"
         processes.run("python", "-c", code, **where)
         command = ("greenjobs", "jobs", "discard", "--state", "available", "--yes", "--json")

@@ -277,7 +277,7 @@ def test_writing_that_is_still_on_its_way_when_it_is_tried_again_counts_once(dat
     runner = register(database)
     first = psycopg2.connect(database.url)
     storage.add_counts(first, runner, 1, [counted(done=5)])
-    second = pool.connect(database.url, application_name="second", timeout_seconds=10)
+    second = pool.connect(database.url, application_name="second", timeout_seconds=60)
     again = gevent.spawn(storage.add_counts, second, runner, 1, [counted(done=5)])
     waits = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'second' AND wait_event_type = 'Lock'"
     eventually(lambda: database.value(waits), "it does not wait")
@@ -297,7 +297,7 @@ def test_runners_that_write_the_same_minute_add_up_and_never_deadlock(database: 
     rows = [counted(f"queue {number % 4}", f"type {number}", done=1, failed=2) for number in range(20)]
 
     def write(runner: int, rows: Sequence[dict[str, Any]]) -> None:
-        connection = pool.connect(database.url, application_name="test", timeout_seconds=10)
+        connection = pool.connect(database.url, application_name="test", timeout_seconds=60)
         for turn in range(1, 101):
             storage.add_counts(connection, runner, turn, rows)
         connection.close()

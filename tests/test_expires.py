@@ -41,7 +41,7 @@ def database(database_url: str) -> Iterator[Database]:
 
 @pytest.fixture
 def connection(database: Database) -> Iterator[PlanningConnection]:
-    connection = pool.connect(database.url, application_name="test", timeout_seconds=10)
+    connection = pool.connect(database.url, application_name="test", timeout_seconds=60)
     yield connection
     connection.close()
 

@@ -236,7 +236,7 @@ def test_failed_job_stays_where_it_is_and_goes_to_the_history_when_it_is_done(da
 
 
 def test_outcome_of_a_claim_that_was_lost_moves_nothing(database: running.Database) -> None:
-    connection = connect(database.url, application_name="test", timeout_seconds=10)
+    connection = connect(database.url, application_name="test", timeout_seconds=60)
     storage.enqueue(connection, [NewJobs("work", ["{}"] * 3, "default")])
     rows = storage.claim(connection, runner=11, queue="default", job_types=["work"], limit=3)
     first, second, third = (Fence(row.id, row.attempt) for row in rows)
@@ -253,7 +253,7 @@ def test_outcome_of_a_claim_that_was_lost_moves_nothing(database: running.Databa
 
 def test_job_and_history_change_in_one_statement(database: running.Database) -> None:
     """A history that cannot be written keeps the job where it is: there is no moment between the two."""
-    connection = connect(database.url, application_name="test", timeout_seconds=10)
+    connection = connect(database.url, application_name="test", timeout_seconds=60)
     storage.enqueue(connection, [NewJobs("work", ["{}"], "default")])
     (row,) = storage.claim(connection, runner=11, queue="default", job_types=["work"], limit=1)
     with pytest.raises(psycopg2.errors.CheckViolation):

@@ -119,7 +119,7 @@ def test_no_statement_of_a_runner_scans_the_table_or_sorts_it(
 
 def test_claim_without_our_settings_is_planned_through_the_index_as_well(full_table: running.Database) -> None:
     """Behind a pooler the planner is on its own."""
-    connection = pool.connect(full_table.url, application_name="test", timeout_seconds=10)
+    connection = pool.connect(full_table.url, application_name="test", timeout_seconds=60)
     run_everything(connection)
     planned = {name.removeprefix("greenjobs_").rpartition("_")[0]: name for name in connection.planned}
     with connection.cursor() as cursor:
@@ -139,7 +139,7 @@ def test_claim_without_our_settings_is_planned_through_the_index_as_well(full_ta
 
 def test_claim_of_jobs_that_exclude_others_reads_few_rows_whatever_waits(full_table: running.Database) -> None:
     """Twenty thousand of them wait, eighteen thousand with one key, one job of which runs."""
-    connection = pool.connect(full_table.url, application_name="test", timeout_seconds=10)
+    connection = pool.connect(full_table.url, application_name="test", timeout_seconds=60)
     claim: dict[str, Any] = {"runner": 1, "queue": "emails", "job_types": JOB_TYPES, "limit": 1}
     assert len(storage.claim_exclusive(connection, **claim, keys=["all"])) == 1
     storage.claim_exclusive(connection, **claim)
@@ -158,7 +158,7 @@ def test_claim_of_jobs_that_exclude_others_reads_few_rows_whatever_waits(full_ta
 def test_statement_goes_on_unprepared_when_the_server_forgets_it(database: running.Database) -> None:
     """As behind a pooler that gives another session of the server to every transaction."""
     statement = Statement("double", "SELECT 2 * %(number)s::int", number="int")
-    connection = pool.connect(database.url, application_name="test", timeout_seconds=10)
+    connection = pool.connect(database.url, application_name="test", timeout_seconds=60)
     with connection.cursor() as cursor:
         statement.run(cursor, {"number": 4})
         cursor.execute("DEALLOCATE ALL")

@@ -40,7 +40,7 @@ def database(database_url: str) -> Iterator[Database]:
 
 @pytest.fixture
 def connection(database: Database) -> Iterator[PlanningConnection]:
-    connection = pool.connect(database.url, application_name="test", timeout_seconds=10)
+    connection = pool.connect(database.url, application_name="test", timeout_seconds=60)
     yield connection
     connection.close()
 
@@ -312,7 +312,7 @@ def test_two_claims_of_the_same_keys_at_once_share_them(database: Database) -> N
     @job(overlap=False, overlap_key="{customer}")
     def sync(customer: int) -> None: ...
 
-    connections = [pool.connect(database.url, application_name="test", timeout_seconds=10) for _ in range(6)]
+    connections = [pool.connect(database.url, application_name="test", timeout_seconds=60) for _ in range(6)]
     for _ in range(20):
         for queue in ("one", "two"):
             sync.options(queue=queue).delay_many([(customer,) for customer in range(20)])

@@ -483,7 +483,7 @@ def test_rescued_jobs_are_counted(database: running.Database) -> None:
     def work() -> None: ...
 
     id = work.delay().id
-    opened = pool.connect(database.url, application_name="dead", timeout_seconds=10)
+    opened = pool.connect(database.url, application_name="dead", timeout_seconds=60)
     with contextlib.closing(opened) as connection:
         dead = storage.register_runner(
             connection, hostname="h", pid=1, version="0", queues={}, job_types=["work"], former=()

@@ -52,7 +52,7 @@ class Fleet:
     def scheduler(self, *jobs: Job[..., Any], lines: tuple[str, ...] = ()) -> tuple[Scheduler, extensions.connection]:
         """A scheduler that was not started, and the session that keeps its runner alive."""
         service = Service(self.url, on_standby=lambda: None)
-        session = connect(self.url, application_name="session", timeout_seconds=10)
+        session = connect(self.url, application_name="session", timeout_seconds=60)
         types = sorted(job.name for job in jobs)
         id = storage.register_runner(session, hostname="here", pid=1, version="0", queues={}, job_types=types)
         service.runner_ids.append(id)
@@ -396,7 +396,7 @@ def wait_for_the_lock(database: Database) -> None:
 
 @pytest.fixture
 def first(database: Database) -> Iterator[extensions.connection]:
-    connection = connect(database.url, application_name="first", timeout_seconds=10)
+    connection = connect(database.url, application_name="first", timeout_seconds=60)
     connection.autocommit = False
     yield connection
     connection.close()

@@ -44,7 +44,7 @@ def database(shared_url: str) -> Iterator[running.Database]:
 @pytest.fixture
 def connection(database: running.Database) -> Iterator[Connection]:
     """As the runner has them."""
-    connection = connect(database.url, application_name="test", timeout_seconds=10)
+    connection = connect(database.url, application_name="test", timeout_seconds=60)
     yield connection
     connection.close()
 
@@ -72,7 +72,7 @@ def _register(connection: Connection) -> int:
 
 
 def _dead_runner(database: running.Database) -> int:
-    runner = connect(database.url, application_name="dead", timeout_seconds=10)
+    runner = connect(database.url, application_name="dead", timeout_seconds=60)
     id = _register(runner)
     runner.close()
     eventually(lambda: "dead" not in database.sessions(), "the session did not end")
@@ -227,7 +227,7 @@ def test_claims_at_once_take_each_job_once(database: running.Database, connectio
     claimed: list[int] = []
 
     def claim_all(runner: int) -> None:
-        own = connect(database.url, application_name="test", timeout_seconds=10)
+        own = connect(database.url, application_name="test", timeout_seconds=60)
         while rows := _claim(own, 7, runner=runner):
             claimed.extend(row.id for row in rows)
         own.close()
@@ -461,7 +461,7 @@ def test_promoters_at_once_promote_each_job_once(connection: Connection, databas
     promoted: list[int] = []
 
     def promote_all() -> None:
-        own = connect(database.url, application_name="test", timeout_seconds=10)
+        own = connect(database.url, application_name="test", timeout_seconds=60)
         while counts := storage.promote(own, limit=20):
             promoted.extend(counts.values())
         own.close()
@@ -490,7 +490,7 @@ def test_route_puts_homeless_jobs_where_their_type_is_at_home(
 
 
 def test_runner_is_alive_while_its_session_is(database: running.Database) -> None:
-    session = connect(database.url, application_name="test", timeout_seconds=10)
+    session = connect(database.url, application_name="test", timeout_seconds=60)
     runner = _register(session)
 
     assert inspection.dead_runners(database.connection) == []
@@ -565,7 +565,7 @@ def test_rescuers_at_once_count_one_death(connection: Connection, database: runn
     _claim(connection, runner=runner)
 
     def rescue() -> int:
-        own = connect(database.url, application_name="test", timeout_seconds=10)
+        own = connect(database.url, application_name="test", timeout_seconds=60)
         try:
             return len(storage.rescue(own, [runner], most_crashes=3))
         finally:
@@ -580,7 +580,7 @@ def test_rescuers_at_once_count_one_death(connection: Connection, database: runn
 
 def test_jobs_of_the_living_are_left_alone(connection: Connection, database: running.Database) -> None:
     dead = _dead_runner(database)
-    session = connect(database.url, application_name="test", timeout_seconds=10)
+    session = connect(database.url, application_name="test", timeout_seconds=60)
     alive = _register(session)
     _enqueue(connection)
     _claim(connection, runner=alive)
@@ -595,7 +595,7 @@ def test_runner_that_registers_again_keeps_what_nobody_took(connection: Connecti
     former = _dead_runner(database)
     _enqueue(connection)
     _claim(connection, runner=former)
-    session = connect(database.url, application_name="test", timeout_seconds=10)
+    session = connect(database.url, application_name="test", timeout_seconds=60)
 
     runner = storage.register_runner(
         session, hostname="here", pid=1, version="0", queues={}, job_types=[], former=[former]
@@ -725,7 +725,7 @@ def test_end_of_a_greenlet_within_a_transaction_is_nothing_but_that(block: Any, 
     raised: list[BaseException] = []
 
     def work() -> None:
-        connection = connect(database.url, application_name="killed", timeout_seconds=10)
+        connection = connect(database.url, application_name="killed", timeout_seconds=60)
         connection.autocommit = block is storage.atomic
         try:
             with block(connection), connection.cursor() as cursor:

@@ -50,7 +50,7 @@ def database(shared_url: str) -> Iterator[running.Database]:
 @pytest.fixture
 def connection(database: running.Database) -> Iterator[Connection]:
     """As the runner has them."""
-    connection = connect(database.url, application_name="test", timeout_seconds=10)
+    connection = connect(database.url, application_name="test", timeout_seconds=60)
     yield connection
     connection.close()
 
@@ -290,7 +290,7 @@ _ERROR = {"error": "ValueError", "message": "broken"}
 
 
 def _dead_runner(database: running.Database) -> int:
-    runner = connect(database.url, application_name="dead", timeout_seconds=10)
+    runner = connect(database.url, application_name="dead", timeout_seconds=60)
     id = storage.register_runner(runner, hostname="here", pid=1, version="0", queues={}, job_types=["notify"])
     runner.close()
     eventually(lambda: "dead" not in database.sessions(), "the session did not end")

@@ -547,7 +547,7 @@ def test_job_that_killed_too_many_runners_has_failed_for_who_waits(database: run
     def work() -> None: ...
 
     handle = work.delay()
-    dead = connect(database.url, application_name="dead", timeout_seconds=10)
+    dead = connect(database.url, application_name="dead", timeout_seconds=60)
     runner = storage.register_runner(dead, hostname="here", pid=1, version="0", queues={}, job_types=["work"])
     storage.claim(dead, runner=runner, queue="default", job_types=["work"], limit=1)
     wait = waiting_in(lambda: handle.result(_PATIENCE))
@@ -563,7 +563,7 @@ def test_job_that_killed_too_many_runners_has_failed_for_who_waits(database: run
 
 
 def test_nobody_is_notified_of_jobs_that_nobody_watches(database: running.Database) -> None:
-    connection = connect(database.url, application_name="test", timeout_seconds=10)
+    connection = connect(database.url, application_name="test", timeout_seconds=60)
     storage.enqueue(connection, [NewJobs("work", ["{}"] * 2, "default")])
     rows = storage.claim(connection, runner=11, queue="default", job_types=["work"], limit=2)
     for row in rows:
@@ -582,7 +582,7 @@ def test_runners_hear_nothing_of_ends(database: running.Database) -> None:
     ear = psycopg2.connect(database.url)
     ear.autocommit = True
     ear.cursor().execute(f"LISTEN {storage.CHANNEL}")
-    connection = connect(database.url, application_name="test", timeout_seconds=10)
+    connection = connect(database.url, application_name="test", timeout_seconds=60)
     storage.enqueue(connection, [NewJobs("work", ["{}"], "default")])
     (row,) = storage.claim(connection, runner=11, queue="default", job_types=["work"], limit=1)
     storage.watch(connection, row.id)
