@@ -32,15 +32,15 @@ def test_handler_of_the_watchdog_is_told(printed: dict[str, str]) -> None:
 
 
 def test_threads_and_processes_hold_nothing(printed: dict[str, str]) -> None:
-    output = printed["Threads and processes"]
-    assert "hash_in_thread done\n" in output
-    assert "hash_in_process done\n" in output
+    output = printed["Threads and processes"]  # where several processes print, and an end of a line comes by itself
+    assert "hash_in_thread done" in output
+    assert "hash_in_process done" in output
     assert not re.search("job .* held the event loop", output)
 
 
 def test_crash_fails_only_its_job(printed: dict[str, str]) -> None:
     output = printed["Threads and processes"]
-    assert "crash failed\n" in output
+    assert "crash failed" in output
     assert re.search(r"its process \d+ was ended by SIGKILL", output)
 
 

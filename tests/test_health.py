@@ -323,7 +323,7 @@ def test_closing_leaves_a_socket_that_another_has_put_there(tmp_path: Path) -> N
 
 
 def test_closed_server_can_be_followed_at_once() -> None:
-    with served() as first:
+    with served(f"127.0.0.1:{free_port()}") as first:  # a port that nobody else gets in between
         assert ask(first.address, "/hello")[0] == 200
     with served(str(first.address)) as second:
         assert ask(second.address, "/hello")[0] == 200

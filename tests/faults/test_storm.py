@@ -14,7 +14,7 @@ from .storm import Storm
 @pytest.mark.parametrize(
     ("seconds", "runners", "enqueuers", "pause"),
     [
-        (10.0, 3, 20, 0.1),
+        pytest.param(10.0, 3, 20, 0.1, marks=[pytest.mark.timeout(300)]),
         pytest.param(120.0, 8, 200, 0.4, marks=[pytest.mark.long, pytest.mark.timeout(900)]),
     ],
 )

@@ -14,7 +14,7 @@ from .bank import OPTIONS, Bank
 @pytest.mark.parametrize(
     ("transfers", "at_once", "pause", "seconds"),
     [
-        (3_000, 100, 0.1, 100.0),
+        pytest.param(3_000, 100, 0.1, 200.0, marks=[pytest.mark.timeout(300)]),
         pytest.param(100_000, 500, 0.5, 3_000.0, marks=[pytest.mark.long, pytest.mark.timeout(3_600)]),
     ],
 )
