@@ -377,7 +377,8 @@ def _is_clean(connection: Connection) -> bool:
 
 def _is_usable(connection: Connection) -> bool:
     """Whether the server still holds its end. Nothing was sent yet, so opening another connection is always safe."""
-    if connection.closed:
+    # One in a transaction has been used after it was given back: what was begun then is nobody else's to commit.
+    if not _is_clean(connection):
         return False
     # A quiet socket is a healthy one: the end of the stream, or a farewell message, would be readable. The C class
     # under socket.socket, which gevent does not replace, looks in 5 µs: cheap enough to do it every time.
