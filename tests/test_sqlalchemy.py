@@ -22,7 +22,7 @@ from greenjobs import job, schedules
 from greenjobs.call import BATCH_SIZE
 from greenjobs.contrib import addresses
 from greenjobs.contrib.sqlalchemy import sqlalchemy_url
-from greenjobs.errors import OptionError, PayloadError, SchemaError
+from greenjobs.errors import ConfigError, OptionError, PayloadError, SchemaError
 from greenjobs.runner import Runner
 
 
@@ -411,6 +411,36 @@ def test_schedule_belongs_to_the_transaction(database: running.Database, engine:
         schedules.add(confirm, name="weekly", cron="0 5 * * 1", args=["A1"], connection=session)
         session.commit()
     assert [schedule.name for schedule in schedules.find()] == ["weekly"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://a:1,b:2/shop",
+        "postgresql://u:p%20w+%25@h:5433/shop?options=-c%20search_path%3Da%2Cb&application_name=a+b",
+        "postgresql://%2Fvar%2Frun/shop",
+        "postgresql://u@[::1]:5433/shop",
+        "postgresql://h:/a%3Fb%20c",
+        "postgres://:secret@h",
+        "host=a,b port=1,2 dbname=shop user='u v' password='p@/:%+ w'",
+        "service=shop",
+    ],
+)
+def test_url_for_sqlalchemy_is_read_by_it_as_libpq_reads_ours(url: str) -> None:
+    engine = sa.create_engine(sqlalchemy_url(url))
+    _, parameters = engine.dialect.create_connect_args(engine.url)
+    assert {name: str(value) for name, value in parameters.items()} == psycopg2.extensions.parse_dsn(url)
+
+
+def test_password_in_a_keyword_string_is_hidden_by_sqlalchemy() -> None:
+    engine = sa.create_engine(sqlalchemy_url("host=h dbname=shop user=u password=hunter2"))
+    assert "hunter2" not in repr(engine)
+
+
+def test_url_that_libpq_cannot_read_is_refused_without_its_password() -> None:
+    with pytest.raises(ConfigError, match=r"postgresql://u:\*\*\*@h/shop\?nonsense cannot be read") as raised:
+        sqlalchemy_url("postgresql://u:hunter2@h/shop?nonsense")
+    assert raised.value.__context__ is None
 
 
 def test_url_for_sqlalchemy_leads_to_the_database_of_greenjobs(database: running.Database) -> None:
