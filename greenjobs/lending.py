@@ -48,7 +48,7 @@ class JobConnection(PlanningConnection):
         """As psycopg2 has it, which rolls back a transaction that has begun; refused where that is."""
         if self.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE:
             refuse_to_end(self, "set_isolation_level")
-        super().set_isolation_level(level)  # type: ignore[arg-type]  # the stubs lack None
+        super().set_isolation_level(level)
 
 
 class Completing(Protocol):
