@@ -29,6 +29,25 @@ def driver_connection(given: Any) -> Any:
     return None if connection is None else _of_connection(connection)
 
 
+def takes_statements(given: Any, bind: Any = None) -> bool:
+    """Whether what is enqueued on this can be part of a transaction: not on a session in a hook such as after_commit,
+    where that has ended, and the next cannot begin. A session that has to be rolled back first is to say so itself.
+    """
+    orm = sys.modules.get("sqlalchemy.orm")
+    if orm is not None and isinstance(given, orm.scoped_session):
+        given = given()
+    if orm is None or not isinstance(given, orm.Session) or given.is_active:
+        return True
+    failures = sys.modules["sqlalchemy.exc"]
+    try:
+        given.connection(bind_arguments={"bind": bind} if bind is not None else None)
+    except failures.PendingRollbackError:
+        return True
+    except failures.InvalidRequestError:
+        return False
+    return True
+
+
 def forget_if_broken(given: Any) -> None:
     """After an error of ours: where the driver's connection behind this has broken, have SQLAlchemy forget it, as it
     would have done after an error of its own. Otherwise it fails to roll back there when a request ends, and the scoped

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import gevent
 
-from greenjobs import config, djangodb, lending, pool, storage
+from greenjobs import alchemy, config, djangodb, lending, pool, storage
 from greenjobs.errors import CompletionError, JobLost, SchemaError
 from greenjobs.keeping import NO_RESULT, ResultCodec, keep_seconds
 from greenjobs.storage import ClaimedJob, Fence
@@ -112,7 +112,10 @@ class Transaction:
         """What to enqueue on here, for it to be part of this transaction; None when it is not open, or not here."""
         if self._state is not _State.OPEN or not _is_here(self._attempt):
             return None
-        return self._given if self._lent is None else self._lent
+        if self._lent is not None:
+            return self._lent
+        # Not in a hook of a session that is called when the end of the block has committed.
+        return self._given if alchemy.takes_statements(self._given) else None
 
     def end(self) -> None:
         """The function has ended. One that leaves a block open, or went on though it had lost the job, has failed."""
