@@ -18,7 +18,8 @@ ALLOWED = (
 
 
 def driver_connection(given: Any) -> Any:
-    """The driver's connection behind a SQLAlchemy Connection, Session or scoped_session; None for anything else.
+    """The driver's connection behind a SQLAlchemy Connection, Session or scoped_session, or behind what
+    `engine.raw_connection()` returns; None for anything else.
 
     It is in a transaction then, which is the caller's to commit, and is begun if there was none: what is executed on it
     belongs to that, and to the savepoint that is open. Nothing is flushed. Raises OptionError where the driver is not
@@ -26,7 +27,10 @@ def driver_connection(given: Any) -> Any:
     errors, such as PendingRollbackError.
     """
     connection = _connection_of(given)
-    return None if connection is None else _of_connection(connection)
+    if connection is not None:
+        return _of_connection(connection)
+    pool = sys.modules.get("sqlalchemy.pool")
+    return given.dbapi_connection if pool is not None and isinstance(given, pool._ConnectionFairy) else None
 
 
 def takes_statements(given: Any, bind: Any = None) -> bool:

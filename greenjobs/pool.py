@@ -250,6 +250,11 @@ def raw_connection(given: Any) -> Connection:
         connection = alchemy.driver_connection(given) or djangodb.driver_connection(given)
     if not isinstance(connection, extensions.connection):
         raise OptionError(f"connection is a {type(given).__module__}.{type(given).__qualname__}; {alchemy.ALLOWED}")
+    if connection.async_:
+        raise OptionError(
+            "connection is a psycopg2 connection made with async_=True, on which only its owner can wait for an "
+            "answer; give one without, or enqueue with independent=True"
+        )
     return connection
 
 

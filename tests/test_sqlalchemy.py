@@ -15,6 +15,7 @@ import pytest
 import running
 import sqlalchemy as sa
 from gevent.event import Event
+from psycopg2 import extras
 from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -389,6 +390,29 @@ def test_what_is_no_connection_is_refused_with_what_is(database: running.Databas
     confirm = declare_job()
     with pytest.raises(OptionError, match=rf"{type(given).__name__}; allowed: .*Connection, Session or scoped_session"):
         confirm.options(connection=given).delay("A1")
+    assert database.count() == 0
+
+
+def test_raw_connection_of_an_engine_is_one_of_psycopg2(database: running.Database, engine: sa.Engine) -> None:
+    confirm = declare_job()
+    connection = engine.raw_connection()
+    try:
+        confirm.options(connection=connection).delay("A1")
+        connection.rollback()
+        confirm.options(connection=connection).delay("A2")
+        assert database.count() == 0
+        connection.commit()
+    finally:
+        connection.close()
+    assert database.column("SELECT data ->> 'number' FROM background_jobs") == ["A2"]
+
+
+def test_connection_that_nobody_here_can_wait_on_is_refused(database: running.Database) -> None:
+    confirm = declare_job()
+    with contextlib.closing(psycopg2.connect(database.url, async_=True)) as connection:
+        extras.wait_select(connection)
+        with pytest.raises(OptionError, match=r"async_=True"):
+            confirm.options(connection=connection).delay("A1")
     assert database.count() == 0
 
 
