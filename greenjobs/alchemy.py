@@ -33,6 +33,14 @@ def driver_connection(given: Any) -> Any:
     return given.dbapi_connection if pool is not None and isinstance(given, pool._ConnectionFairy) else None
 
 
+def is_in_two_phases(given: Any) -> bool:
+    """Whether the transaction of a SQLAlchemy Connection or Session is to be prepared before it is committed."""
+    connection = _connection_of(given)
+    if connection is None:
+        return False
+    return isinstance(connection.get_transaction(), sys.modules["sqlalchemy.engine"].TwoPhaseTransaction)
+
+
 def takes_statements(given: Any, bind: Any = None) -> bool:
     """Whether what is enqueued on this can be part of a transaction: not on a session in a hook such as after_commit,
     where that has ended, and the next cannot begin. A session that has to be rolled back first is to say so itself.

@@ -18,12 +18,14 @@ from gevent.event import Event
 from psycopg2 import extras
 from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import AsyncSession
+from waiting import eventually
 
-from greenjobs import job, schedules
+from greenjobs import embedded, job, schedules
 from greenjobs.call import BATCH_SIZE
 from greenjobs.contrib import addresses
 from greenjobs.contrib.sqlalchemy import sqlalchemy_url
 from greenjobs.errors import ConfigError, OptionError, PayloadError, SchemaError
+from greenjobs.migrate import migrate
 from greenjobs.runner import Runner
 
 
@@ -341,6 +343,50 @@ def test_session_of_several_engines_has_to_say_which(database: running.Database,
         confirm.options(connection=session.connection(bind_arguments={"bind": engine})).delay("A1")
         session.commit()
     assert database.count() == 1
+
+
+@pytest.fixture(scope="module")
+def url_with_two_phases() -> Iterator[str]:
+    """A migrated database of a server that lets transactions be prepared."""
+    with embedded.temporary({"max_prepared_transactions": "4"}) as url:
+        migrate(url)
+        yield url
+
+
+@pytest.mark.parametrize("open_it", [a_session, a_connection], ids=["session", "connection"])
+def test_job_can_be_part_of_a_transaction_in_two_phases(url_with_two_phases: str, open_it: Any) -> None:
+    """PostgreSQL prepares none that would notify: the runner finds the job when it looks the next time."""
+    engine = sa.create_engine(databases.sqlalchemy_url(url_with_two_phases))
+    ran = []
+    with running.application(url_with_two_phases, poll_interval=0.05) as database:
+
+        @job
+        def confirm(number: str) -> None:
+            ran.append(number)
+
+        @job(unique=True, on_conflict="replace")
+        def tell(number: str) -> None:
+            ran.append(number)
+
+        def enqueue(number: str, how: str) -> None:
+            with open_it(engine) as given:
+                if open_it is a_session:
+                    given.twophase, transaction = True, given
+                else:
+                    transaction = given.begin_twophase()
+                confirm.options(connection=given).delay(number)
+                tell.options(connection=given).delay_many([(number,), (number,)])
+                if how == "rollback" or open_it is a_connection:
+                    transaction.prepare()
+                assert database.count() == 0
+                getattr(transaction, how)()
+
+        with running.started(Runner().register(confirm, tell)):
+            enqueue("A1", "rollback")
+            enqueue("A2", "commit")
+            eventually(lambda: len(ran) == 2, "the jobs did not run", seconds=running.PATIENCE_SECONDS)
+        assert ran == ["A2", "A2"]
+    engine.dispose()
 
 
 def test_database_without_the_tables_says_so(empty_database_url: str, database: running.Database) -> None:
