@@ -48,7 +48,7 @@ class Signature(dict[str, Any]):
         name = task if isinstance(task, str) else task.name
         super().__init__(
             task=name,
-            args=list(args or ()),
+            args=list(opts.positional(name, args)),
             kwargs=dict(kwargs or {}),
             options=dict(options or {}),
             immutable=immutable,
@@ -132,14 +132,14 @@ class Signature(dict[str, Any]):
         self, args: Iterable[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> AsyncResult | EagerResult:
         """Enqueue it, with these arguments before its own, and these options."""
-        merged_args, merged_kwargs, merged = self._merged(tuple(args or ()), kwargs or {}, options)
+        merged_args, merged_kwargs, merged = self._merged(opts.positional(self.task, args), kwargs or {}, options)
         return self.type.apply_async(merged_args, merged_kwargs, **merged)
 
     def apply(
         self, args: Iterable[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> EagerResult:
         """Run it here and now."""
-        merged_args, merged_kwargs, merged = self._merged(tuple(args or ()), kwargs or {}, options)
+        merged_args, merged_kwargs, merged = self._merged(opts.positional(self.task, args), kwargs or {}, options)
         return self.type.apply(merged_args, merged_kwargs, **merged)
 
     def _merged(
@@ -183,11 +183,11 @@ class chain:
         """Enqueue all; the options are those of the first. Returns the result of the last, whose `parent` is the one
         before. Raises TypeError and PayloadError for arguments that do not fit or cannot be carried."""
         first, *rest = self.tasks
-        if first.type.app.conf.task_always_eager:
-            return self.apply(args, kwargs)
-        merged_args, merged_kwargs, merged = first._merged(tuple(args or ()), kwargs or {}, options)
         steps = [_step(each) for each in rest]
         opts.as_json(first.type, steps)  # before anything is enqueued
+        if first.type.app.conf.task_always_eager:
+            return self.apply(args, kwargs)
+        merged_args, merged_kwargs, merged = first._merged(opts.positional(first.task, args), kwargs or {}, options)
         connection, independent = merged.get("connection"), bool(merged.get("independent"))
         key = uuid.uuid4().hex
         parked = []
