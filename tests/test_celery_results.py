@@ -164,6 +164,41 @@ def test_id_that_is_none_is_refused(app: Celery) -> None:
     assert AsyncResult("4711").state == "PENDING"
 
 
+def test_result_says_when_the_task_ended(app: Celery) -> None:
+    @app.task
+    def divide(by: int) -> float:
+        return 1 / by
+
+    before = datetime.now(timezone.utc)
+    ended = [divide.delay(1), divide.delay(0)]
+    waits = divide.apply_async((1,), countdown=3600)
+    run(divide)
+    for result in ended:
+        assert before < result.date_done <= datetime.now(timezone.utc)
+    assert waits.date_done is None and divide.apply((1,)).date_done is None
+
+
+@pytest.mark.parametrize(
+    ("look", "message"),
+    [
+        (lambda app, task: task.delay().children, "AsyncResult.children is not in greenjobs; .*parent"),
+        (lambda app, task: task.delay().then(print), "AsyncResult.then is not in greenjobs; use link"),
+        (lambda app, task: app.connection(), "Celery.connection is not in greenjobs; .*greenjobs.connection"),
+        (lambda app, task: app.steps["worker"].add(), "Celery.steps is not in greenjobs; .*bootsteps"),
+        (lambda app, task: task.push_request(), "look.push_request is not in greenjobs; in tests, use task.apply"),
+    ],
+)
+def test_attribute_that_is_only_celerys_says_what_to_write(app: Celery, look: Any, message: str) -> None:
+    @app.task(name="look")
+    def look_at() -> None: ...
+
+    with pytest.raises(Unsupported, match=message.replace("look.push", "look_at.push")):
+        look(app, look_at)
+    assert not hasattr(look_at.delay(), "children") and getattr(app, "backend", None) is None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        app.nonsense  # noqa: B018
+
+
 @pytest.mark.parametrize("where", ["settings", "task"])
 def test_started_is_told_where_the_settings_or_the_task_say_so(app: Celery, where: str) -> None:
     app.conf.task_track_started = where == "settings"
@@ -345,3 +380,28 @@ def test_task_always_eager_runs_what_is_enqueued_here(app: Celery, database: run
     with pytest.raises(PayloadError):
         add.delay(object(), 2)  # type: ignore[arg-type]
     assert database.count() == 0
+
+
+@pytest.mark.parametrize(
+    "enqueue",
+    [
+        lambda task: task.apply_async(task_id="one"),
+        lambda task: task.apply_async(priority=100_000),
+        lambda task: task.apply_async(headers={"number": 5}),
+        lambda task: task.apply_async(link=task.s(when=datetime.now(timezone.utc))),
+        lambda task: chain(task.s(), task.s(when=datetime.now(timezone.utc))).delay(),
+    ],
+    ids=["task_id", "priority", "headers", "link", "chain"],
+)
+def test_task_always_eager_refuses_what_could_not_be_enqueued(quiet: Celery, enqueue: Callable[[Any], Any]) -> None:
+    """So that tests find out."""
+    quiet.conf.task_always_eager = True
+    seen = []
+
+    @quiet.task
+    def look(*results: Any, when: datetime | None = None) -> None:
+        seen.append(when)
+
+    with pytest.raises((Unsupported, OptionError, PayloadError)):
+        enqueue(look)
+    assert seen == []

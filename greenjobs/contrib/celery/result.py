@@ -328,6 +328,10 @@ class EagerResult(AsyncResult):
         """That of the exception."""
         return self._traceback
 
+    @property
+    def date_done(self) -> None:
+        """Not kept."""
+
     def ready(self) -> bool:
         """It is."""
         return True
