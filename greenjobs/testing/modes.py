@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from greenjobs import config, current, lending, pool, storage
 from greenjobs.current import lender
+from greenjobs.error_record import error_record
 from greenjobs.errors import JobNotEnded, OptionError
 from greenjobs.handle import Action, JobHandle
 from greenjobs.history import Look, Status
@@ -154,7 +155,7 @@ class _EndedHandle(_NowhereHandle):
         return Look(
             _STATUS_AFTER.get(self._ran.outcome) or cast("Status", self._ran.outcome),
             self.job_type,
-            None if error is None else {"error": type(error).__qualname__, "message": str(error)},
+            None if error is None else error_record(error, self._ran.attempt, ledger.RUNNER_NAME),
         )
 
     def cancel(self) -> Literal["removed", "asked", "gone"]:
@@ -294,8 +295,7 @@ class _Joined(_Stage):
         """By how much the clock is ahead of the transaction, where it is always the time of its beginning."""
         if ledger.is_aborted(self.connection):
             return 0.0
-        with plain_rows(self.connection) as connection:
-            return rehearsal.elapsed(connection)
+        return rehearsal.elapsed(plain_rows(self.connection))
 
     def lender(self, settings: config.Settings) -> Any:
         return _Lender(self)
@@ -310,9 +310,9 @@ class _Lender:
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[Connection]:
-        with plain_rows(self.of.connection) as connection:
-            ledger.write_again(connection, self.of.ended)
-            yield connection
+        connection = plain_rows(self.of.connection)
+        ledger.write_again(connection, self.of.ended)
+        yield connection
 
 
 @contextlib.contextmanager
@@ -373,7 +373,7 @@ class Clock(_Stage):
         """Move it forward by a timedelta, or by `days`, `hours`, `minutes`, `seconds` and so on, as a timedelta has."""
         try:
             moved = timedelta(**units) + (timedelta() if step is None else step)
-        except TypeError:
+        except (TypeError, ValueError, OverflowError):
             raise OptionError(f"the clock is moved by {step or units!r}; allowed: a timedelta, or its units") from None
         if moved < timedelta():
             raise OptionError(f"the clock is moved by {moved}; allowed: forward only")
