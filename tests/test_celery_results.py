@@ -8,12 +8,14 @@ from datetime import datetime, timezone
 from typing import Any
 
 import celeries
+import processes
 import pytest
 import running
 from celeries import row, run
 from gevent.event import Event
 
-from greenjobs import jobs
+import greenjobs
+from greenjobs import jobs, testing
 from greenjobs.contrib.celery import Celery, chain, chord, group, signature
 from greenjobs.contrib.celery.exceptions import (
     TaskRevokedError,
@@ -405,3 +407,42 @@ def test_task_always_eager_refuses_what_could_not_be_enqueued(quiet: Celery, enq
     with pytest.raises((Unsupported, OptionError, PayloadError)):
         enqueue(look)
     assert seen == []
+
+
+# --- in tests of an application ---------------------------------------------------------------------------------------
+
+
+def test_what_follows_a_task_runs_inline_in_a_test_without_a_database(quiet: Celery) -> None:
+    greenjobs.configure(database_url=f"postgresql://nobody@127.0.0.1:{processes.free_port()}/none")
+
+    @quiet.task
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    @quiet.task(bind=True)
+    def fail(self: Any, value: int) -> None:
+        raise self.retry(exc=ValueError(value))
+
+    with testing.inline() as mode:
+        result = chain(add.s(1, 2), add.s(10), add.si(5, 5)).delay()
+        assert (result.get(), result.parent.get(), result.parent.parent.get()) == (10, 13, 3)
+        add.apply_async((1, 2), link=add.s(20))
+        broken = chain(add.s(1, 1), fail.s(), add.s(1)).delay()
+        with pytest.raises(PayloadError):
+            add.apply_async((1, 2), link=add.s(datetime.now(timezone.utc)))
+    ran = [(each.job_type, each.value) for each in mode.ran]
+    values = [("add", value) for value in (3, 13, 10, 3, 23, 2)]
+    assert ran == [(f"{add.__module__}.{name}", value) for name, value in (*values, ("fail", None))]
+    assert broken.state == "PENDING"
+
+
+def test_what_follows_a_task_is_drained_in_a_test(app: Celery, database: running.Database) -> None:
+    @app.task
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    with testing.rolled_back():
+        result = chain(add.s(1, 2), add.s(10)).delay()
+        testing.drain()
+        assert result.get(timeout=0) == 13
+    assert database.count() == 0

@@ -891,11 +891,15 @@ def test_connection_with_other_rows_than_tuples_keeps_them(database: Database) -
 def test_connection_of_the_test_is_left_as_it_is_while_greenjobs_uses_it(database: Database) -> None:
     """Other threads of a live server may be using it, too."""
     connection = psycopg2.connect(database.url, cursor_factory=psycopg2.extras.RealDictCursor)
-    with testing.using(connection), lender(config.current()).connection() as ours:
-        with connection.cursor() as cursor, ours.cursor() as other:
-            cursor.execute("SELECT 1 AS one")
-            other.execute("SELECT 1 AS one")
-            assert (cursor.fetchone(), other.fetchone()) == ({"one": 1}, (1,))
+    with (
+        testing.using(connection),
+        lender(config.current()).connection() as ours,
+        connection.cursor() as cursor,
+        ours.cursor() as other,
+    ):
+        cursor.execute("SELECT 1 AS one")
+        other.execute("SELECT 1 AS one")
+        assert (cursor.fetchone(), other.fetchone()) == ({"one": 1}, (1,))
     connection.close()
 
 

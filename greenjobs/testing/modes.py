@@ -56,6 +56,10 @@ class _Stage:
     def is_unseen(self) -> bool:
         return self.outer is not None and self.outer.is_unseen
 
+    @property
+    def runs_at_once(self) -> bool:
+        return self.outer is not None and self.outer.runs_at_once
+
     def job_pool(self, settings: config.Settings) -> lending.JobPool:
         return lending.job_pool(settings) if self.outer is None else self.outer.job_pool(settings)
 
@@ -96,6 +100,8 @@ def _entered(stage: _Stage) -> Iterator[None]:
 
 class Inline(_Stage):
     """Jobs run where they are enqueued. `ran` has every attempt that has ended, `jobs` what was enqueued."""
+
+    runs_at_once = True
 
     def __init__(self, *, raise_errors: bool, context: Any) -> None:
         super().__init__()
@@ -188,6 +194,8 @@ class _Recorded:
 class Recording(_Stage):
     """Jobs are neither run nor stored. `jobs` has those that were enqueued and not cancelled, the oldest first."""
 
+    runs_at_once = False
+
     def __init__(self) -> None:
         super().__init__()
         self._recorded: dict[int, _Recorded] = {}
@@ -278,6 +286,7 @@ class _Joined(_Stage):
 
     stores = True
     is_unseen = True
+    runs_at_once = False
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
