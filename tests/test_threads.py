@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -483,3 +485,26 @@ def test_wrong_declaration_is_refused(settings: dict[str, Any], message: str) ->
 
         @job(**settings)
         def work() -> None: ...
+
+
+class Large:
+    """What a job has in its hands."""
+
+
+def test_thread_that_waits_keeps_nothing_of_its_last_job(database: running.Database) -> None:
+    seen: list[weakref.ref[Large]] = []
+
+    @job(executor="thread")
+    def work() -> Large:
+        large = Large()
+        seen.append(weakref.ref(large))
+        return large
+
+    def is_gone() -> bool:
+        gc.collect()
+        return seen[0]() is None
+
+    with running.started(Runner().register(work)):
+        work.delay()
+        database.wait_for("true", count=0)
+        eventually(is_gone, "somebody has it still", seconds=running.PATIENCE_SECONDS)
