@@ -255,6 +255,7 @@ def test_stack_of_a_running_job_is_shown(database: running.Database, handle: Run
     assert shown["id"] == waiting.id
     assert re.search(r"process_jobs\.py:\d+ sleep$", shown["stack"][-1])
     assert waiting.cancel() == "asked"
+    database.wait_for("true", count=0)  # else nobody is asked any more, and it goes on
 
 
 def test_stack_of_a_job_in_a_process_that_does_not_answer_is_stood_for(
@@ -268,6 +269,7 @@ def test_stack_of_a_job_in_a_process_that_does_not_answer_is_stood_for(
     assert attempt.lines() == [f"(in process {pid}, which prints it on SIGQUIT)"]
     os.kill(pid, signal.SIGCONT)
     assert waiting.cancel() == "asked"
+    database.wait_for("true", count=0)
 
 
 # --- what a job forks -------------------------------------------------------------------------------------------------
