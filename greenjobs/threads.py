@@ -21,7 +21,7 @@ import gevent
 from gevent.hub import Waiter
 from gevent.monkey import get_original
 
-from greenjobs import green
+from greenjobs import green, programs
 from greenjobs.annex import Annex, Surroundings
 from greenjobs.elsewhere import ElsewhereCall
 from greenjobs.surroundings import call_within
@@ -190,6 +190,7 @@ class _Thread:
 
     def __init__(self) -> None:
         self.ident = 0
+        self._runners_loop = gevent.get_hub().loop
         self._mail: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._bell: Any = None
         self._call: _ThreadCall | None = None
@@ -218,6 +219,7 @@ class _Thread:
         self.ident = _get_ident()
         hub = gevent.get_hub()
         hub.handle_error = functools.partial(self._note_error, hub.handle_error)  # type: ignore[method-assign]
+        programs.watch_by(self._runners_loop, hub)
         self._end: Waiter[None] = Waiter(hub)
         bell = hub.loop.async_()
         bell.start(self._read_mail)
