@@ -9,7 +9,6 @@ from datetime import datetime, timezone
 
 import gevent
 import gevent.socket
-import psycopg2
 from gevent.socket import wait_read
 from psycopg2 import extensions
 
