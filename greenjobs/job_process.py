@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import gc
 import json
+import logging
 import os
 import queue
 import signal
@@ -41,6 +42,8 @@ from greenjobs.stacks import lines_of
 from greenjobs.storage import ClaimedJob
 from greenjobs.supervisor import EXIT_MISTAKE
 from greenjobs.surroundings import Surrounding, call_within
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -89,10 +92,13 @@ def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
         configure(hello["settings"], loads_application=True)
         found, equipped = equipment.load(hello["application"] or None)
     except GreenjobsError as error:
-        sys.stderr.write(f"greenjobs: {error}\n")
+        if logs.writes_json():
+            logger.error("%s", error)
+        else:
+            sys.stderr.write(f"greenjobs: {error}\n")
         sys.exit(EXIT_MISTAKE)
-    except Exception:  # the application's own mistake: its traceback says where
-        traceback.print_exc()
+    except Exception as error:  # the application's own mistake: its traceback says where
+        sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(EXIT_MISTAKE)
     logs.settle()
     logs.note_runner(hello["runner_name"])
