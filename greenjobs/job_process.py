@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from collections.abc import Callable, Mapping
 from contextvars import Context
 from typing import Any, NoReturn, cast
 
-from greenjobs import companions, config, errors, logs, pool, surroundings
+from greenjobs import companions, config, errors, logs, metrics_folder, pool, surroundings
 from greenjobs.cli_options import configure
 from greenjobs.contrib import equipment, metrics_number
 from greenjobs.current import Abroad, Attempt, Place, attempt_here, enter_attempt
@@ -107,7 +108,15 @@ def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
         each.adopt()
         each.equip(cast("Any", around))
     companions.meet(runs_jobs=True)
+    _count_what_is_enqueued()
     return found, (*surroundings.everywhere, *around.surroundings)
+
+
+def _count_what_is_enqueued() -> None:
+    """Where the runner shows metrics, and those of its processes among them."""
+    is_shown = config.current().http is not None and metrics_folder.FOLDER in os.environ
+    if is_shown and importlib.util.find_spec("prometheus_client") is not None:
+        importlib.import_module("greenjobs.contrib.prometheus")
 
 
 class _Around:
