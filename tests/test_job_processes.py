@@ -16,9 +16,13 @@ import process_jobs
 import processes
 import pytest
 import running
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from waiting import eventually
 
 from greenjobs import config, events, health, job
+from greenjobs.contrib.opentelemetry import GreenjobsInstrumentor
 from greenjobs.errors import ConfigError, JobFailed, JobProcessDied, JobProcessError
 from greenjobs.http_server import Request
 from greenjobs.processes import Origin, Processes
@@ -325,6 +329,30 @@ def test_process_takes_no_notice_of_sigterm_whatever_the_application_has_set_up(
     pid = result(process_jobs.look.delay("before"))["pid"]
     os.kill(pid, signal.SIGTERM)
     assert result(process_jobs.look.delay("after"))["pid"] == pid
+
+
+def test_death_of_a_process_has_a_span_of_its_runner_in_the_trace_of_the_enqueue(
+    database: running.Database, tmp_path: Path, ended: list[events.AttemptEnded]
+) -> None:
+    """What ran to its end there has had one there; it is not told twice."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    GreenjobsInstrumentor().instrument(tracer_provider=provider)
+    try:
+        process_jobs.die.delay("kill", str(tmp_path))
+        eventually(lambda: len(ended) == 2, "not run again", seconds=60)
+    finally:
+        GreenjobsInstrumentor().uninstrument()
+        provider.shutdown()
+    published, processed = exporter.get_finished_spans()
+    assert processed.parent is not None and published.context is not None
+    assert (processed.parent.trace_id, processed.parent.span_id) == (
+        published.context.trace_id,
+        published.context.span_id,
+    )
+    assert dict(processed.attributes or {}).items() >= {"greenjobs.outcome": "retried", "greenjobs.attempt": 1}.items()
+    assert "SIGKILL" in str(processed.status.description)
+    assert (processed.end_time or 0) - (processed.start_time or 0) >= ended[0].run_seconds * 1e9
 
 
 def test_other_jobs_of_the_runner_go_on_meanwhile(database: running.Database, tmp_path: Path) -> None:
