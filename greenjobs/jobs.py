@@ -132,7 +132,7 @@ def count(*ids: int, **filters: Unpack[Filters]) -> int:
     meant = _meant(ids, filters, takes=(*STATES, *KEPT_OUTCOMES), unasked=None)
     with _connection() as connection:
         counted = inspection.count_jobs(connection, meant) if _are_in_table(meant) else 0
-        return counted + (history.count_jobs(connection, meant) if _are_in_history(meant) else 0)
+        return counted + (inspection.count_jobs(connection, meant, finished=True) if _are_in_history(meant) else 0)
 
 
 def handle(id: int) -> JobHandle:
@@ -187,7 +187,9 @@ def plan(action: Action, *ids: int, limit: int | None = None, **filters: Unpack[
     with _connection() as connection:
         chosen = [storage.Fence(*each) for each in inspection.choose_jobs(connection, meant, limit=limit)]
         if action == "prune" and _are_in_history(meant):
-            finished = [storage.Fence(*each) for each in history.choose_jobs(connection, meant, limit=limit)]
+            finished = [
+                storage.Fence(*each) for each in inspection.choose_jobs(connection, meant, limit=limit, finished=True)
+            ]
             finished = finished if limit is None else finished[: limit - len(chosen)]
         missed = set(ids).difference(fence.id for fence in chosen)
         states = inspection.job_states(connection, sorted(missed)) if missed else {}

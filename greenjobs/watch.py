@@ -126,16 +126,15 @@ def _connect(url: str, settings: config.Settings, deadline: float) -> PlanningCo
 
 def _listen(connection: Connection, id: int, deadline: float) -> Look:
     storage.listen_for_end(connection, id)
-    was_there = False
+    is_told = False
     while True:
         # Marked anew each time: a failed job that is retried was not, and the mark may be on a row that came later.
-        storage.watch(connection, id)
+        is_told = storage.watch(connection, id) or is_told
         seen = history.look(connection, id)
-        if seen.status == "gone" and was_there:
+        if seen.status == "gone" and is_told:
             return seen._replace(status=_hear(connection, time.monotonic() + _NOTIFICATION_SECONDS) or "gone")
         if seen.has_ended or time.monotonic() >= deadline:
             return seen
-        was_there = True
         outcome = _hear(connection, min(deadline, time.monotonic() + _LOOK_SECONDS))
         if outcome is not None:
             return history.look(connection, id)._replace(status=outcome)
@@ -149,8 +148,8 @@ def _hear(connection: Connection, until: float) -> Status | None:
             outcome = connection.notifies.pop(0).payload
             if outcome == "failed" or outcome in history.KEPT_OUTCOMES:
                 return cast(Status, outcome)
-        left = until - time.monotonic()
-        if left <= 0 or not _is_readable(connection, left):
+        # Also when the time is up, which it may be because nobody let this thread go on: what has arrived counts.
+        if not _is_readable(connection, max(until - time.monotonic(), 0)):
             return None
         connection.poll()
 
