@@ -43,7 +43,14 @@ def url(server_url: str, migrated_template: str) -> Iterator[str]:
 def handle(url: str) -> Iterator[RunnerHandle]:
     """One runner for all tests here, so that one process, once started, serves most of them."""
     settings = {"app": "process_jobs", "job_processes": 1, "max_payload_bytes": 4 * 1024 * 1024}
-    with running.application(url, **settings), running.started(Runner().register(*JOBS)) as handle:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        running.application(url, **settings),
+        running.started(Runner().register(*JOBS)) as handle,
+    ):
+        # No process that merely has to wait for the processor is given up.
+        patch.setattr("greenjobs.processes._TIDY_SECONDS", processes.PATIENCE_SECONDS)
+        patch.setattr("greenjobs.processes._STACK_SECONDS", processes.PATIENCE_SECONDS)
         yield handle
 
 
@@ -51,6 +58,10 @@ def handle(url: str) -> Iterator[RunnerHandle]:
 def database(url: str, handle: RunnerHandle) -> Iterator[running.Database]:
     database = running.Database(url)
     yield database
+    # No event of what this test leaves running is to reach the next one.
+    eventually(
+        lambda: not (handle.running_jobs() or handle.held_ids()), "jobs go on", seconds=processes.PATIENCE_SECONDS
+    )
     database.rows("TRUNCATE background_jobs, background_history, notes")
     database.connection.close()
 
@@ -73,6 +84,18 @@ def error_of(handle: Any) -> str:
     with pytest.raises(JobFailed) as failed:
         result(handle)
     return f"{failed.value.error}: {failed.value.message}"
+
+
+def wait_until_begun(handle: RunnerHandle, folder: Path) -> int:
+    """Block until the one job runs in its process, which the runner has heard; returns the number of that."""
+    begun = folder / "begun"
+    eventually(begun.exists, "not begun", seconds=60)
+
+    def is_heard() -> bool:
+        return [getattr(attempt.elsewhere, "has_begun", False) for attempt in handle.attempts()] == [True]
+
+    eventually(is_heard, "not heard of", seconds=60)
+    return int(begun.read_text())
 
 
 # --- what a job sees --------------------------------------------------------------------------------------------------
@@ -254,7 +277,7 @@ def test_running_job_is_cancelled(database: running.Database, tmp_path: Path, en
 
 def test_stack_of_a_running_job_is_shown(database: running.Database, handle: RunnerHandle, tmp_path: Path) -> None:
     waiting = process_jobs.sleep.delay(str(tmp_path))
-    eventually((tmp_path / "begun").exists, "not begun", seconds=60)
+    wait_until_begun(handle, tmp_path)
     (shown,) = json.loads(health.jobs(handle, Request("/jobs", is_from_here=True)).body)["jobs"]
     assert shown["id"] == waiting.id
     assert re.search(r"process_jobs\.py:\d+ sleep$", shown["stack"][-1])
@@ -263,11 +286,11 @@ def test_stack_of_a_running_job_is_shown(database: running.Database, handle: Run
 
 
 def test_stack_of_a_job_in_a_process_that_does_not_answer_is_stood_for(
-    database: running.Database, handle: RunnerHandle, tmp_path: Path
+    database: running.Database, handle: RunnerHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("greenjobs.processes._STACK_SECONDS", 0.1)
     waiting = process_jobs.sleep.delay(str(tmp_path))
-    eventually((tmp_path / "begun").exists, "not begun", seconds=60)
-    pid = int((tmp_path / "begun").read_text())
+    pid = wait_until_begun(handle, tmp_path)
     os.kill(pid, signal.SIGSTOP)
     (attempt,) = handle.attempts()
     assert attempt.lines() == [f"(in process {pid}, which prints it on SIGQUIT)"]
@@ -428,11 +451,14 @@ APPLICATION = """
         if "deaf" in os.environ:
             json.loads = None
 
+    def say(line):
+        os.write(1, f"{line}\\n".encode())  # in one piece, as others write there, too
+
     def note(kind):
-        print(f"begun {kind} {os.getpid()}", flush=True)
+        say(f"begun {kind} {os.getpid()}")
         if os.path.exists("sleep"):
             time.sleep(60)
-        print(f"ended {kind}", flush=True)
+        say(f"ended {kind}")
 
     @job(executor="process")
     def in_process():
