@@ -144,6 +144,19 @@ def test_empty_database_has_one_failure(empty_database_url: str) -> None:
     assert failed == ["schema"]
 
 
+def test_tables_of_a_later_release_are_a_warning_and_a_failure_if_this_one_does_not_work_with_them(
+    database: running.Database,
+) -> None:
+    database.rows("INSERT INTO background_migrations (version, name, checksum) VALUES (9999, 'later', 'x')")
+    found = findings()
+    assert found["schema"].level == "warn"
+    assert found["schema"].message == "a later release has applied 9999_later; this one works with that"
+    assert found["queues"].level == "ok"
+    database.rows("UPDATE background_migrations SET needs = 9999 WHERE version = 9999")
+    assert finding("schema").level == "fail"
+    assert str(finding("schema").remedy) == "install that release, or a later one"
+
+
 def test_migration_that_was_edited_is_a_failure(database: running.Database) -> None:
     database.rows("UPDATE background_migrations SET checksum = 'another' WHERE version = 1")
     assert "was changed after it was applied" in finding("schema").message

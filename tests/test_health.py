@@ -452,6 +452,12 @@ def test_database_of_a_later_release_leaves_it_ready(stage: Stage) -> None:
     wait_for_status(stage.address, "/readyz", 200)
 
 
+def test_database_that_needs_a_later_release_makes_it_not_ready(stage: Stage) -> None:
+    stage.database.rows("INSERT INTO background_migrations (version, name, checksum, needs) VALUES (9999, 'x', '', 99)")
+    [reason] = wait_for_status(stage.address, "/readyz", 503)["reasons"]
+    assert "works only with those that know migration 0099" in reason
+
+
 def test_database_that_does_not_answer_is_asked_once_whoever_probes(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

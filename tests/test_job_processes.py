@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,16 @@ import process_jobs
 import processes
 import pytest
 import running
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from waiting import eventually
 
-from greenjobs import events, health, job
+from greenjobs import config, events, health, job
+from greenjobs.contrib.opentelemetry import GreenjobsInstrumentor
 from greenjobs.errors import ConfigError, JobFailed, JobProcessDied, JobProcessError
 from greenjobs.http_server import Request
+from greenjobs.processes import Origin, Processes
 from greenjobs.runner import Runner, RunnerHandle
 
 JOBS = [job for job in vars(process_jobs).values() if hasattr(job, "delay")]
@@ -281,6 +287,7 @@ def test_stack_of_a_running_job_is_shown(database: running.Database, handle: Run
     assert shown["id"] == waiting.id
     assert re.search(r"process_jobs\.py:\d+ sleep$", shown["stack"][-1])
     assert waiting.cancel() == "asked"
+    database.wait_for("true", count=0)  # else nobody is asked any more, and it goes on
 
 
 def test_stack_of_a_job_in_a_process_that_does_not_answer_is_stood_for(
@@ -294,6 +301,22 @@ def test_stack_of_a_job_in_a_process_that_does_not_answer_is_stood_for(
     assert attempt.lines() == [f"(in process {pid}, which prints it on SIGQUIT)"]
     os.kill(pid, signal.SIGCONT)
     assert waiting.cancel() == "asked"
+    database.wait_for("true", count=0)
+
+
+# --- what a job forks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("then", "status"), [("return", 0), ("exit", 3), ("raise", 1)])
+def test_child_that_leaves_the_function_of_the_job_ends_there(
+    database: running.Database, ended: list[events.AttemptEnded], then: str, status: int
+) -> None:
+    assert result(process_jobs.fork.delay(then)) == ["parent", status]
+    assert [each.outcome for each in ended] == ["done"]
+
+
+def test_child_can_be_terminated(database: running.Database) -> None:
+    assert result(process_jobs.terminate_a_child.delay()) == -signal.SIGTERM
 
 
 # --- death ------------------------------------------------------------------------------------------------------------
@@ -328,6 +351,36 @@ def test_process_that_waits_and_is_killed_is_replaced_and_named(
     assert result(process_jobs.look.delay("after"))["pid"] != pid
     named = f"job process {pid} was ended by SIGKILL while it waited for a job"
     eventually(lambda: named in caplog.text, "nobody was told", seconds=running.PATIENCE_SECONDS)
+
+
+def test_process_takes_no_notice_of_sigterm_whatever_the_application_has_set_up(database: running.Database) -> None:
+    pid = result(process_jobs.look.delay("before"))["pid"]
+    os.kill(pid, signal.SIGTERM)
+    assert result(process_jobs.look.delay("after"))["pid"] == pid
+
+
+def test_death_of_a_process_has_a_span_of_its_runner_in_the_trace_of_the_enqueue(
+    database: running.Database, tmp_path: Path, ended: list[events.AttemptEnded]
+) -> None:
+    """What ran to its end there has had one there; it is not told twice."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    GreenjobsInstrumentor().instrument(tracer_provider=provider)
+    try:
+        process_jobs.die.delay("kill", str(tmp_path))
+        eventually(lambda: len(ended) == 2, "not run again", seconds=60)
+    finally:
+        GreenjobsInstrumentor().uninstrument()
+        provider.shutdown()
+    published, processed = exporter.get_finished_spans()
+    assert processed.parent is not None and published.context is not None
+    assert (processed.parent.trace_id, processed.parent.span_id) == (
+        published.context.trace_id,
+        published.context.span_id,
+    )
+    assert dict(processed.attributes or {}).items() >= {"greenjobs.outcome": "retried", "greenjobs.attempt": 1}.items()
+    assert "SIGKILL" in str(processed.status.description)
+    assert (processed.end_time or 0) - (processed.start_time or 0) >= ended[0].run_seconds * 1e9
 
 
 def test_other_jobs_of_the_runner_go_on_meanwhile(database: running.Database, tmp_path: Path) -> None:
@@ -394,11 +447,14 @@ def test_runner_without_an_application_says_what_is_missing(database_url: str) -
 
 
 APPLICATION = """
-    import os, sys, time
+    import json, os, sys, time
     from greenjobs import job
 
-    if "unloadable" in os.environ and "greenjobs.job_process" in sys.modules:
-        raise RuntimeError("not here")
+    if "greenjobs.job_process" in sys.modules:
+        if "unloadable" in os.environ:
+            raise RuntimeError("not here")
+        if "deaf" in os.environ:
+            json.loads = None
 
     def say(line):
         os.write(1, f"{line}\\n".encode())  # in one piece, as others write there, too
@@ -472,6 +528,58 @@ def test_process_that_does_not_start_fails_no_job(database_url: str, tmp_path: P
     with databases.administration(database_url) as cursor:
         cursor.execute("SELECT job_type, state, retries FROM background_jobs")
         assert cursor.fetchall() == [("in_process", "available", 0)]
+
+
+def test_job_that_ends_process_after_process_before_it_begins_fails(database_url: str, tmp_path: Path) -> None:
+    processes.write_application(tmp_path, APPLICATION)
+    processes.run("python", "-c", ENQUEUE, folder=tmp_path, database_url=database_url)
+    options = ("--job-processes", "1", "--max-retries", "0")
+    with processes.runner(tmp_path, database_url, *options, environment={"deaf": "yes"}) as runner:
+        runner.wait_for_line(r"JobProcessDied: its process \d+ ended with status 1 before it began, as 2 others had")
+        runner.wait_for_line("ended thread")
+
+
+def test_process_that_cannot_be_made_is_made_later(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("greenjobs.processes._FIRST_PAUSE_SECONDS", 0.1)
+    with running.application(database_url, app="process_jobs"):
+        origin = Origin("process_jobs", config.current(), database_url, "runner", [])
+        made = Processes(1, origin)
+        few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+        try:
+            made.start()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+        assert "no process for jobs can be made: [Errno 24] Too many open files; jobs for it wait" in caplog.text
+        eventually(lambda: made.free == 1, "none was made", seconds=60)
+        made.close()
+
+
+PATCHED = """
+    from gevent import monkey
+    monkey.patch_all()
+
+    import time
+    from greenjobs import current_job, job
+
+    @job(executor="process")
+    def wait(seconds):
+        current_job.progress(1, 2)
+        time.sleep(seconds)
+        print("waited", flush=True)
+"""
+
+
+def test_application_that_patches_by_itself_is_served(database_url: str, tmp_path: Path) -> None:
+    processes.write_application(tmp_path, PATCHED)
+    enqueue = "from app import wait; wait.delay(0.01); wait.options(timeout=0.1, max_retries=0).delay(600)"
+    processes.run("python", "-c", enqueue, folder=tmp_path, database_url=database_url)
+    options = ("--job-processes", "1", "--until-empty")
+    output = processes.run("greenjobs", "run", *options, folder=tmp_path, database_url=database_url)
+    assert "waited" in output
+    assert "JobTimeout: wait ran for more than 0.1 s" in output
 
 
 def test_process_that_has_finished_max_jobs_is_replaced(database_url: str) -> None:

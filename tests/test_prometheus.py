@@ -22,7 +22,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from waiting import eventually
 
 from greenjobs import job, lending, metrics_folder, pool, storage
+from greenjobs.address import Address
 from greenjobs.contrib import prometheus
+from greenjobs.http_client import fetch
 from greenjobs.runner import Runner
 
 APPLICATION = """
@@ -335,6 +337,36 @@ def test_process_for_jobs_leaves_no_gauge_behind_and_its_successor_goes_on_with_
     scraped.when("there", 0)
     numbers = {name.rpartition("_")[2] for name in metrics_files(scraped)}
     assert all(re.fullmatch(r"[1-3](-\d)?\.db", number) for number in numbers), numbers
+
+
+def test_what_a_job_enqueues_in_a_process_of_its_own_is_counted(database_url: str, tmp_path: Path) -> None:
+    """Also where the application knows nothing of metrics."""
+    code = """
+        from greenjobs import job
+
+        @job(executor="process")
+        def send_all():
+            send.delay_many([()] * 3)
+
+        @job
+        def send():
+            pass
+    """
+    processes.write_application(tmp_path, code)
+    call(tmp_path, database_url, "import app; app.send_all.delay()")
+    path = tmp_path / "http"
+    command = ("greenjobs", "run", "--max-jobs", "1000", "--http", f"unix:{path}")
+    with processes.start(*command, folder=tmp_path, database_url=database_url) as supervisor:
+        supervisor.wait_for_line("is up after")
+        labels = {"job_type": "send", "queue": "default"}
+
+        def count() -> float | None:
+            _, _, body = fetch(Address.parse(f"unix:{path}"), "/metrics", timeout=processes.PATIENCE_SECONDS)
+            return value(parse(body.decode()), "greenjobs_jobs_enqueued_total", **labels)
+
+        eventually(lambda: count() == 3, "they are not counted", seconds=processes.PATIENCE_SECONDS)
+        supervisor.terminate()
+        assert supervisor.wait() == 0
 
 
 def metrics_files(scraped: Scraped, *, of_jobs: bool = True) -> Iterator[str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import signal
+import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -176,6 +180,34 @@ def test_waits_of_the_standard_library_are_those_of_the_thread(database: running
 
 
 # --- what they see ----------------------------------------------------------------------------------------------------
+
+
+def test_programs_that_threads_start_at_the_same_time_are_waited_for(database: running.Database) -> None:
+    statuses = list(range(20))
+    seen: list[list[int]] = []
+
+    @job(executor="thread")
+    def work() -> None:
+        seen.append([subprocess.run(["sh", "-c", f"exit {status}"]).returncode for status in statuses])
+
+    work.delay_many([()] * 4)
+    running.work_off(work)
+    assert seen == [statuses] * 4
+
+
+def test_program_that_a_thread_has_started_is_talked_to_and_ended(database: running.Database) -> None:
+    seen: list[object] = []
+
+    @job(executor="thread")
+    def work() -> None:
+        seen.append(subprocess.run(["cat"], input="x" * 200_000, capture_output=True, text=True).stdout)
+        with subprocess.Popen(["sleep", "600"]) as program:
+            program.terminate()
+        seen.append(program.returncode)
+
+    work.delay()
+    running.work_off(work)
+    assert seen == ["x" * 200_000, -signal.SIGTERM]
 
 
 def test_context_and_thread_locals_are_fresh_for_each_job(database: running.Database) -> None:
@@ -491,3 +523,26 @@ def test_wrong_declaration_is_refused(settings: dict[str, Any], message: str) ->
 
         @job(**settings)
         def work() -> None: ...
+
+
+class Large:
+    """What a job has in its hands."""
+
+
+def test_thread_that_waits_keeps_nothing_of_its_last_job(database: running.Database) -> None:
+    seen: list[weakref.ref[Large]] = []
+
+    @job(executor="thread")
+    def work() -> Large:
+        large = Large()
+        seen.append(weakref.ref(large))
+        return large
+
+    def is_gone() -> bool:
+        gc.collect()
+        return seen[0]() is None
+
+    with running.started(Runner().register(work)):
+        work.delay()
+        database.wait_for("true", count=0)
+        eventually(is_gone, "somebody has it still", seconds=running.PATIENCE_SECONDS)
