@@ -275,7 +275,7 @@ class JobProcess:
         # Told too late, it is nobody's: what this process is at by now may be another job.
         if self._to_raise is told and told[0] == self._inside:
             # A signal that arrives just before the thread goes to sleep does not wake it.
-            signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+            signal.pthread_kill(self._thread, _WAKE)
             if "psycopg2" in sys.modules:
                 _cancel_statements()
 
