@@ -616,7 +616,7 @@ def test_runner_that_registers_again_waits_under_its_former_id_no_more(
     """A wake-up for that one would be heard by nobody, and another runner would not get it."""
     former = _register(connection)
     storage.say_waiting(connection, former, ["default"])
-    with contextlib.closing(connect(database.url, application_name="test", timeout_seconds=10)) as session:
+    with contextlib.closing(connect(database.url, application_name="test", timeout_seconds=60)) as session:
         runner = storage.register_runner(
             session, hostname="here", pid=1, version="0", queues={}, job_types=[], former=[former]
         )
