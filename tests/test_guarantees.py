@@ -223,7 +223,8 @@ def test_job_that_blocks_its_runner_is_left_there(site: Site) -> None:
             # One that looks for dead runners every second has looked, when it has run what was due in three.
             site.enqueue("note_elsewhere.options(delay=3).delay('looked')")
             site.wait_for_notes("looked")
-            assert site.column("SELECT crashes FROM background_jobs") == [0]
+            # Of that job alone: the other one may have to be acknowledged yet.
+            assert site.column("SELECT crashes FROM background_jobs WHERE job_type LIKE 'block%'") == [0]
         site.open_gate()
         site.wait_until_no_jobs_are_left()
     assert site.notes() == ["began", "ended", "looked"]
