@@ -437,6 +437,7 @@ def test_application_is_the_context_of_its_runner(database: running.Database) ->
         ({"pool_size": 5, "max_overflow": -1}, ""),
         ({"pool_size": 0}, ""),
         ({"poolclass": sa.pool.NullPool}, ""),
+        ({"poolclass": sa.pool.SingletonThreadPool}, ""),
     ],
     ids=str,
 )

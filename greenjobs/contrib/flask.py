@@ -267,8 +267,10 @@ def _scope_of_session() -> Iterator[tuple[dict[Any, Any], Any]]:
 
 def _most_connections(pool: Any) -> int | None:
     """How many connections a QueuePool of SQLAlchemy lends at a time; None for no limit, and for other pools."""
-    size, overflow = getattr(pool, "size", None), getattr(pool, "_max_overflow", -1)
-    return None if size is None or not size() or overflow < 0 else size() + overflow
+    overflow = getattr(pool, "_max_overflow", -1)
+    if overflow < 0 or not pool.size():  # others may have a size of another kind
+        return None
+    return int(pool.size() + overflow)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
