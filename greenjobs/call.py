@@ -195,8 +195,8 @@ class Call(Generic[P]):
                 raise
             place = connection.info
             raise SchemaError(
-                f"{self._job.name} was not enqueued: the tables of greenjobs are not in the database {place.dbname!r} on "
-                f"{place.host!r}, or not in a schema of its search_path; type `greenjobs migrate`"
+                f"{self._job.name} was not enqueued: the tables of greenjobs are not in the database {place.dbname!r} "
+                f"on {place.host!r}, or not in a schema of its search_path; type `greenjobs migrate`"
             ) from error
         name = self._job.name
         handles = [JobHandle(id, name, action != "enqueued", action) for id, action in enqueued]
