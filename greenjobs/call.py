@@ -177,8 +177,8 @@ class Call(Generic[P]):
                 try:
                     two_phases = alchemy.is_in_two_phases(given)
                     enqueued = storage.enqueue_inside(connection, batches, in_two_phases=two_phases)
-                except BaseException:
-                    pool.forget_if_broken(given)
+                except BaseException as error:
+                    pool.forget_if_broken(given, error)
                     raise
             else:
                 with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):

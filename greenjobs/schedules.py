@@ -241,6 +241,6 @@ def _connection(given: Any = None) -> Iterator[Connection]:
                 "the table of schedules is not in this database, or not in a schema of its search_path; "
                 "type `greenjobs migrate`"
             ) from error
-        except BaseException:
-            pool.forget_if_broken(given)
+        except BaseException as error:
+            pool.forget_if_broken(given, error)
             raise
