@@ -13,8 +13,7 @@ from psycopg2 import extensions
 
 from greenjobs import config
 from greenjobs.contrib import addresses
-from greenjobs.errors import ConfigError
-from greenjobs.redaction import redact
+from greenjobs.pool import parameters_of
 
 # What both read alike where a URL has its host: one name or number, no list, no folder.
 _PLAIN_HOST = re.compile(r"[\w.-]+", re.ASCII)
@@ -24,16 +23,11 @@ def sqlalchemy_url(database_url: str | None = None) -> str:
     """A database of greenjobs, that of the settings if none is given, as SQLAlchemy names it, over psycopg2.
 
     For an application that tells greenjobs which database there is, and not SQLAlchemy, as with `embedded:`, the server
-    of which is started. Raises ConfigError and EmbeddedServerError.
+    of which is started. Raises ConfigError, EmbeddedServerError, and DatabaseUnavailable where libpq could not
+    read it.
     """
     url = addresses.for_libpq(database_url or config.current().require_database_url())
-    try:
-        given = extensions.parse_dsn(url)
-    except psycopg2.ProgrammingError:  # which quotes what may be a password
-        message = f"the database URL {redact(url)} cannot be read by libpq"
-    else:
-        return _url_of(given)
-    raise ConfigError(message)
+    return _url_of(parameters_of(url))
 
 
 def _url_of(parameters: dict[str, Any]) -> str:
