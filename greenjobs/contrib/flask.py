@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, appcontext_tearing_down, current_app, has_app_context
 from flask.cli import NoAppException, find_best_app
 from flask.globals import app_ctx
+from werkzeug.local import LocalProxy
 
 from greenjobs import config, surroundings
 from greenjobs.contrib import scopes
@@ -64,6 +65,8 @@ class GreenJobs:
                 f"init_app takes the application, a Flask object, not {app!r}; without one yet, write GreenJobs() and "
                 f"call init_app(app) in the factory"
             )
+        if isinstance(app, LocalProxy):  # current_app, which is another one elsewhere
+            app = app._get_current_object()
         if "greenjobs" in app.extensions:
             raise ConfigError(f"greenjobs has been set up for the application {app.name!r} already")
         equipment = Equipment(app)
