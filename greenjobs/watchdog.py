@@ -49,6 +49,8 @@ class Held:
     attempt: Attempt | None
     began: float
     stack: str
+    seen: float = 0.0
+    """When it was seen to hold it last."""
     is_told: bool = False
 
     @property
@@ -206,11 +208,16 @@ class Watchdog:
             attempt, outermost = found
             # It has run on its own since it started, or let others run until about the last turn.
             began = max(attempt.started, beat)
-        known = self._open[-1] if self._open else None
+        known, now = self._open[-1] if self._open else None, time.perf_counter()
+        if known is not None:
+            if known.attempt is attempt:
+                known.seen = now
+                return
+            began = max(began, known.seen)
         # Several jobs may have had their turn since the loop's last one: it takes one that holds it by itself.
-        if time.perf_counter() - began < self.max_blocking or (known is not None and known.attempt is attempt):
+        if now - began < self.max_blocking:
             return
-        held = Held(attempt, began, _stack_below(outermost, frame))
+        held = Held(attempt, began, _stack_below(outermost, frame), now)
         del frame, outermost, found
         with self._lock:
             if self._beat != beat:  # it went on meanwhile

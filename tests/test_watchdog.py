@@ -8,6 +8,8 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import gevent
 import pytest
@@ -271,6 +273,19 @@ def test_stack_is_never_empty_where_something_was_seen() -> None:
     lines = watchdog._stack_below(here, here).splitlines()
     assert "in test_stack_is_never_empty_where_something_was_seen" in lines[0]
     assert len(lines) == 2
+
+
+def test_what_comes_for_a_moment_after_a_job_is_not_blamed_for_the_time_of_that() -> None:
+    """A job that held the loop has ended, and the loop has not had its turn yet."""
+    attempt: Any = SimpleNamespace(started=0.0, row=SimpleNamespace(id=1, job_type="block"), place=None, number=1)
+    found = [(attempt, sys._getframe()), None]
+    dog = watchdog.Watchdog(60.0, find=lambda frame: found.pop(0), on_held=lambda job_type: None)
+    dog._quiet["block"] = time.perf_counter() + 60.0, 0
+    dog._loop_thread, dog._beat = HERE, time.perf_counter() - 100.0
+    dog._look(dog._beat)
+    dog._look(dog._beat)
+    assert found == []
+    assert [held.attempt for held in dog._open] == [attempt]
 
 
 def test_peaks_are_those_of_the_last_minute_only(monkeypatch: pytest.MonkeyPatch) -> None:
