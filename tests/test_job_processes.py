@@ -16,9 +16,14 @@ import process_jobs
 import processes
 import pytest
 import running
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
 from waiting import eventually
 
 from greenjobs import config, events, health, job
+from greenjobs.contrib.opentelemetry import GreenjobsInstrumentor
 from greenjobs.errors import ConfigError, JobFailed, JobProcessDied, JobProcessError
 from greenjobs.http_server import Request
 from greenjobs.processes import Origin, Processes
@@ -307,6 +312,23 @@ def test_death_of_a_process_fails_only_the_attempt_in_it(
     assert told in str(ended[0].error)
     first, second = ((tmp_path / number).read_text() for number in "12")
     assert first != second
+
+
+def test_attempt_whose_process_died_has_a_span_of_the_runner(database: running.Database) -> None:
+    recorded, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(recorded))
+    GreenjobsInstrumentor().instrument(tracer_provider=provider)
+    try:
+        error_of(process_jobs.die_for_good.delay())
+        eventually(lambda: len(recorded.get_finished_spans()) == 2, "no span of the attempt", seconds=60)
+        enqueued, died = recorded.get_finished_spans()
+    finally:
+        GreenjobsInstrumentor().uninstrument()
+    assert died.kind is SpanKind.CONSUMER
+    assert died.parent is not None and died.parent.span_id == enqueued.context.span_id
+    attributes = died.attributes or {}
+    assert attributes["greenjobs.outcome"] == "failed"
+    assert attributes["error.type"] == "greenjobs.errors.JobProcessDied"
 
 
 def test_death_is_a_failed_attempt_up_to_max_retries(database: running.Database) -> None:

@@ -7,7 +7,7 @@ Names and attributes are those of the conventions for messaging
 up, nothing is recorded, and nothing is stored with the jobs.
 
 The outcome of an attempt is decided when its span is no longer the active one; it is ended then. Where the function
-runs in another process, the span is there, with the outcome that its error will mean.
+runs in another process, the span is there, with the outcome that its error will mean; unless that process dies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
 from greenjobs import events, surroundings
 from greenjobs.current import attempt_here, current_job
-from greenjobs.errors import JobControl
+from greenjobs.errors import JobControl, JobProcessDied
 from greenjobs.events import AttemptEnded, AttemptStarted
 from greenjobs.surroundings import Enqueue
 from greenjobs.version import __version__
@@ -180,7 +180,7 @@ class _Telemetry:
             else:
                 watched.span = span
 
-    def _begin(self) -> tuple[Span, Context]:
+    def _begin(self, *, seconds_ago: float = 0.0) -> tuple[Span, Context]:
         """The span of the job that runs here, and the context that it carries."""
         headers = current_job.headers
         # Not the active one: what a surrounding may have begun is not of the job's making.
@@ -198,6 +198,7 @@ class _Telemetry:
                 "greenjobs.attempt": current_job.attempt,
             },
             links=[Link(origin)] if origin.is_valid else None,
+            start_time=time.time_ns() - int(seconds_ago * 1e9),
         )
         return span, carried
 
@@ -208,6 +209,8 @@ class _Telemetry:
         if watched is not None:
             watched.has_ended = True
             span, watched.span = watched.span, None
+        if span is None and _has_died_with_its_process():
+            span, _ = self._begin(seconds_ago=event.run_seconds)
         if span is not None:
             span.set_attribute("greenjobs.outcome", event.outcome)
             if event.error is not None and event.outcome in _FAILURES:
@@ -225,6 +228,12 @@ class _Telemetry:
             self._consumed.add(1, common)
             self._run_seconds.record(event.run_seconds, common)
         self._wait_seconds.record(event.waited_seconds, common)
+
+
+def _has_died_with_its_process() -> bool:
+    """Whether the process is gone in which the function of the job ran, and the span with it."""
+    attempt = attempt_here()
+    return attempt is not None and attempt.elsewhere is not None and isinstance(attempt.elsewhere.error, JobProcessDied)
 
 
 def _end_unheard(span: Span, raised: BaseException | None) -> None:
