@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _TURNS = 4
 _LONGEST_INTERVAL_SECONDS = 0.25
 
+# More often it would cost more than it is worth.
+_SHORTEST_INTERVAL_SECONDS = 0.005
+
 # The largest lag of so long is remembered.
 _LAG_MEMORY_SECONDS = 60.0
 
@@ -79,7 +82,8 @@ class Watchdog:
         """How often jobs of a type have held the loop for longer than that; None: something else, or it is unknown."""
         self._find = find
         self._on_held = on_held
-        self._interval = min(max_blocking / _TURNS or _LONGEST_INTERVAL_SECONDS, _LONGEST_INTERVAL_SECONDS)
+        interval = min(max_blocking / _TURNS or _LONGEST_INTERVAL_SECONDS, _LONGEST_INTERVAL_SECONDS)
+        self._interval = max(interval, _SHORTEST_INTERVAL_SECONDS)
         self._beat = 0.0
         self._lag = 0.0
         self._peaks: deque[tuple[float, float]] = deque()

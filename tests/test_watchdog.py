@@ -288,6 +288,11 @@ def test_what_comes_for_a_moment_after_a_job_is_not_blamed_for_the_time_of_that(
     assert [held.attempt for held in dog._open] == [attempt]
 
 
+def test_loop_is_not_kept_busy_by_looks_at_it() -> None:
+    dog = watchdog.Watchdog(0.000_01, find=lambda frame: None, on_held=lambda job_type: None)
+    assert dog._interval == 0.005
+
+
 def test_peaks_are_those_of_the_last_minute_only(monkeypatch: pytest.MonkeyPatch) -> None:
     dog = watchdog.Watchdog(0.5, find=lambda frame: None, on_held=lambda job_type: None)
     now = time.perf_counter()
