@@ -198,7 +198,7 @@ def test_error_that_cannot_be_shown_ends_no_process(database: running.Database) 
 
 
 def test_error_whose_code_fails_is_recorded_all_the_same(database: running.Database) -> None:
-    assert error_of(process_jobs.fail_obstinately.delay()) == "Obstinate: <exception str() failed>"
+    assert error_of(process_jobs.fail_obstinately.delay()).startswith("Obstinate: <")  # each Python says it otherwise
 
 
 def test_policy_of_the_job_decides_there(database: running.Database, ended: list[events.AttemptEnded]) -> None:
@@ -321,7 +321,8 @@ def test_attempt_whose_process_died_has_a_span_of_the_runner(database: running.D
     try:
         error_of(process_jobs.die_for_good.delay())
         eventually(lambda: len(recorded.get_finished_spans()) == 2, "no span of the attempt", seconds=60)
-        enqueued, died = recorded.get_finished_spans()
+        # The attempt may end before whoever enqueued it goes on.
+        died, enqueued = sorted(recorded.get_finished_spans(), key=lambda span: span.kind is not SpanKind.CONSUMER)
     finally:
         GreenjobsInstrumentor().uninstrument()
     assert died.kind is SpanKind.CONSUMER
