@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import importlib.util
 import json
+import logging
 import os
 import signal
 import socket
@@ -32,7 +34,7 @@ import gevent
 from gevent.hub import Hub
 from greenlet import getcurrent
 
-from greenjobs import companions, config, errors, logs, pool, surroundings
+from greenjobs import companions, config, errors, logs, metrics_folder, pool, surroundings
 from greenjobs.cli_options import configure
 from greenjobs.contrib import equipment, metrics_number
 from greenjobs.current import Abroad, Attempt, Place, enter_attempt
@@ -49,6 +51,8 @@ from greenjobs.stacks import lines_of
 from greenjobs.storage import ClaimedJob
 from greenjobs.supervisor import EXIT_MISTAKE
 from greenjobs.surroundings import Surrounding, call_within
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -107,10 +111,13 @@ def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
         configure(hello["settings"], loads_application=True)
         found, equipped = equipment.load(hello["application"] or None)
     except GreenjobsError as error:
-        sys.stderr.write(f"greenjobs: {error}\n")
+        if logs.writes_json():
+            logger.error("%s", error)
+        else:
+            sys.stderr.write(f"greenjobs: {error}\n")
         sys.exit(EXIT_MISTAKE)
-    except Exception:  # the application's own mistake: its traceback says where
-        traceback.print_exc()
+    except Exception as error:  # the application's own mistake: its traceback says where
+        sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(EXIT_MISTAKE)
     logs.settle()
     logs.note_runner(hello["runner_name"])
@@ -119,7 +126,15 @@ def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
         each.adopt()
         each.equip(cast("Any", around))
     companions.meet(runs_jobs=True)
+    _count_what_is_enqueued()
     return found, (*surroundings.everywhere, *around.surroundings, _Offspring)
+
+
+def _count_what_is_enqueued() -> None:
+    """Where the runner shows metrics, and those of its processes among them."""
+    is_shown = config.current().http is not None and metrics_folder.FOLDER in os.environ
+    if is_shown and importlib.util.find_spec("prometheus_client") is not None:
+        importlib.import_module("greenjobs.contrib.prometheus")
 
 
 class _Around:

@@ -231,7 +231,9 @@ def ignore() -> None:
 
 @job(executor="process")
 def sleep(folder: str) -> None:
-    Path(folder, "begun").write_text(str(os.getpid()))
+    beginning = Path(folder, "beginning")
+    beginning.write_text(str(os.getpid()))
+    beginning.rename(Path(folder, "begun"))  # so that nobody reads half of it
     time.sleep(60)
 
 

@@ -19,7 +19,6 @@ import running
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind
 from waiting import eventually
 
 from greenjobs import config, events, health, job
@@ -44,7 +43,14 @@ def url(server_url: str, migrated_template: str) -> Iterator[str]:
 def handle(url: str) -> Iterator[RunnerHandle]:
     """One runner for all tests here, so that one process, once started, serves most of them."""
     settings = {"app": "process_jobs", "job_processes": 1, "max_payload_bytes": 4 * 1024 * 1024}
-    with running.application(url, **settings), running.started(Runner().register(*JOBS)) as handle:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        running.application(url, **settings),
+        running.started(Runner().register(*JOBS)) as handle,
+    ):
+        # No process that merely has to wait for the processor is given up.
+        patch.setattr("greenjobs.processes._TIDY_SECONDS", processes.PATIENCE_SECONDS)
+        patch.setattr("greenjobs.processes._STACK_SECONDS", processes.PATIENCE_SECONDS)
         yield handle
 
 
@@ -52,6 +58,10 @@ def handle(url: str) -> Iterator[RunnerHandle]:
 def database(url: str, handle: RunnerHandle) -> Iterator[running.Database]:
     database = running.Database(url)
     yield database
+    # No event of what this test leaves running is to reach the next one.
+    eventually(
+        lambda: not (handle.running_jobs() or handle.held_ids()), "jobs go on", seconds=processes.PATIENCE_SECONDS
+    )
     database.rows("TRUNCATE background_jobs, background_history, notes")
     database.connection.close()
 
@@ -74,6 +84,18 @@ def error_of(handle: Any) -> str:
     with pytest.raises(JobFailed) as failed:
         result(handle)
     return f"{failed.value.error}: {failed.value.message}"
+
+
+def wait_until_begun(handle: RunnerHandle, folder: Path) -> int:
+    """Block until the one job runs in its process, which the runner has heard; returns the number of that."""
+    begun = folder / "begun"
+    eventually(begun.exists, "not begun", seconds=60)
+
+    def is_heard() -> bool:
+        return [getattr(attempt.elsewhere, "has_begun", False) for attempt in handle.attempts()] == [True]
+
+    eventually(is_heard, "not heard of", seconds=60)
+    return int(begun.read_text())
 
 
 # --- what a job sees --------------------------------------------------------------------------------------------------
@@ -259,7 +281,7 @@ def test_running_job_is_cancelled(database: running.Database, tmp_path: Path, en
 
 def test_stack_of_a_running_job_is_shown(database: running.Database, handle: RunnerHandle, tmp_path: Path) -> None:
     waiting = process_jobs.sleep.delay(str(tmp_path))
-    eventually((tmp_path / "begun").exists, "not begun", seconds=60)
+    wait_until_begun(handle, tmp_path)
     (shown,) = json.loads(health.jobs(handle, Request("/jobs", is_from_here=True)).body)["jobs"]
     assert shown["id"] == waiting.id
     assert re.search(r"process_jobs\.py:\d+ sleep$", shown["stack"][-1])
@@ -268,11 +290,11 @@ def test_stack_of_a_running_job_is_shown(database: running.Database, handle: Run
 
 
 def test_stack_of_a_job_in_a_process_that_does_not_answer_is_stood_for(
-    database: running.Database, handle: RunnerHandle, tmp_path: Path
+    database: running.Database, handle: RunnerHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("greenjobs.processes._STACK_SECONDS", 0.1)
     waiting = process_jobs.sleep.delay(str(tmp_path))
-    eventually((tmp_path / "begun").exists, "not begun", seconds=60)
-    pid = int((tmp_path / "begun").read_text())
+    pid = wait_until_begun(handle, tmp_path)
     os.kill(pid, signal.SIGSTOP)
     (attempt,) = handle.attempts()
     assert attempt.lines() == [f"(in process {pid}, which prints it on SIGQUIT)"]
@@ -314,24 +336,6 @@ def test_death_of_a_process_fails_only_the_attempt_in_it(
     assert first != second
 
 
-def test_attempt_whose_process_died_has_a_span_of_the_runner(database: running.Database) -> None:
-    recorded, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(recorded))
-    GreenjobsInstrumentor().instrument(tracer_provider=provider)
-    try:
-        error_of(process_jobs.die_for_good.delay())
-        eventually(lambda: len(recorded.get_finished_spans()) == 2, "no span of the attempt", seconds=60)
-        # The attempt may end before whoever enqueued it goes on.
-        died, enqueued = sorted(recorded.get_finished_spans(), key=lambda span: span.kind is not SpanKind.CONSUMER)
-    finally:
-        GreenjobsInstrumentor().uninstrument()
-    assert died.kind is SpanKind.CONSUMER
-    assert died.parent is not None and died.parent.span_id == enqueued.context.span_id
-    attributes = died.attributes or {}
-    assert attributes["greenjobs.outcome"] == "failed"
-    assert attributes["error.type"] == "greenjobs.errors.JobProcessDied"
-
-
 def test_death_is_a_failed_attempt_up_to_max_retries(database: running.Database) -> None:
     assert re.fullmatch(
         r"JobProcessDied: its process \d+ ended with status 9", error_of(process_jobs.die_for_good.delay())
@@ -358,6 +362,30 @@ def test_process_takes_no_notice_of_sigterm_whatever_the_application_has_set_up(
     pid = result(process_jobs.look.delay("before"))["pid"]
     os.kill(pid, signal.SIGTERM)
     assert result(process_jobs.look.delay("after"))["pid"] == pid
+
+
+def test_death_of_a_process_has_a_span_of_its_runner_in_the_trace_of_the_enqueue(
+    database: running.Database, tmp_path: Path, ended: list[events.AttemptEnded]
+) -> None:
+    """What ran to its end there has had one there; it is not told twice."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    GreenjobsInstrumentor().instrument(tracer_provider=provider)
+    try:
+        process_jobs.die.delay("kill", str(tmp_path))
+        eventually(lambda: len(ended) == 2, "not run again", seconds=60)
+    finally:
+        GreenjobsInstrumentor().uninstrument()
+        provider.shutdown()
+    published, processed = exporter.get_finished_spans()
+    assert processed.parent is not None and published.context is not None
+    assert (processed.parent.trace_id, processed.parent.span_id) == (
+        published.context.trace_id,
+        published.context.span_id,
+    )
+    assert dict(processed.attributes or {}).items() >= {"greenjobs.outcome": "retried", "greenjobs.attempt": 1}.items()
+    assert "SIGKILL" in str(processed.status.description)
+    assert (processed.end_time or 0) - (processed.start_time or 0) >= ended[0].run_seconds * 1e9
 
 
 def test_other_jobs_of_the_runner_go_on_meanwhile(database: running.Database, tmp_path: Path) -> None:
@@ -433,11 +461,14 @@ APPLICATION = """
         if "deaf" in os.environ:
             json.loads = None
 
+    def say(line):
+        os.write(1, f"{line}\\n".encode())  # in one piece, as others write there, too
+
     def note(kind):
-        print(f"begun {kind} {os.getpid()}", flush=True)
+        say(f"begun {kind} {os.getpid()}")
         if os.path.exists("sleep"):
             time.sleep(60)
-        print(f"ended {kind}", flush=True)
+        say(f"ended {kind}")
 
     @job(executor="process")
     def in_process():
