@@ -121,7 +121,7 @@ class House:
 
 
 def notice(handle: RunnerHandle, *names: str) -> None:
-    """Wait until it is known in the runner that there are jobs in these queues: who gets the next slot depends on it."""
+    """Wait until the runner knows that there are jobs in these queues: who gets the next slot depends on it."""
 
     def is_known(name: str) -> bool:
         stake = handle.workers[name]._stake

@@ -231,7 +231,7 @@ def test_each_of_those_that_hold_it_one_after_the_other_is_named(
 
 
 def test_many_short_ones_are_not_blamed_on_one(seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture) -> None:
-    """By the watchdog itself, as no job is short on a machine that stands still: each look meets one that just began."""
+    """By the watchdog itself, as no job is short on a machine that stands still: each look meets a new one."""
 
     def find(frame: FrameType) -> Any:
         return SimpleNamespace(started=time.perf_counter()), frame
