@@ -425,7 +425,7 @@ class GroupResult:
 def _number(id: object) -> int:
     try:
         number = int(str(id))
-        if number < 1:
+        if not 0 < number < 2**63:
             raise ValueError
     except ValueError:
         raise OptionError(
