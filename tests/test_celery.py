@@ -445,6 +445,29 @@ def test_builtin_error_that_is_made_of_more_than_a_text_is_raised_as_failed_job(
     assert isinstance(result.result, JobFailed)
 
 
+def test_error_that_is_only_named_like_a_builtin_one_is_raised_as_failed_job(app: Celery) -> None:
+    class Refused(OSError):
+        pass
+
+    Refused.__qualname__, Refused.__module__ = "ConnectionError", "requests.exceptions"
+
+    @app.task
+    def fail(is_builtin: bool) -> None:
+        try:
+            raise ConnectionError("no answer")
+        except ConnectionError as error:
+            if is_builtin:
+                raise
+            raise Refused("no answer") from error
+
+    builtin, other = fail.delay(True), fail.delay(False)
+    run(fail)
+    with pytest.raises(ConnectionError, match="no answer"):
+        builtin.get(timeout=30)
+    with pytest.raises(JobFailed, match="ConnectionError: no answer"):
+        other.get(timeout=30)
+
+
 def test_error_of_ones_own_is_raised_as_failed_job(app: Celery) -> None:
     class Odd(Exception):
         pass
