@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gevent.event import Event
 
@@ -124,42 +124,49 @@ class Acknowledger:
             group.stop()
 
     def _write_done(self, done: Sequence[Fence]) -> None:
-        service = self._service
-        failures_before = service.failures
-        held = service.call(storage.acknowledge, service.runner_ids, done)
-        self._settle(held, done, is_sure=service.failures == failures_before)
+        self._write(storage.acknowledge, done, done)
 
     def _write_ended(self, ended: Sequence[Ended]) -> None:
         self.reporter.flush()
-        service = self._service
         for batch in _by_size(ended):
-            failures_before = service.failures
-            held = service.call(storage.end, service.runner_ids, batch)
-            self._settle(held, [each.fence for each in batch], is_sure=service.failures == failures_before)
+            self._write(storage.end, batch, [each.fence for each in batch])
 
     def _write_failed(self, failures: Sequence[Failure]) -> None:
         self.reporter.flush()
-        service = self._service
-        failures_before = service.failures
-        held = service.call(storage.fail, service.runner_ids, failures)
-        self._settle(held, [failure.fence for failure in failures], is_sure=service.failures == failures_before)
+        self._write(storage.fail, failures, [failure.fence for failure in failures])
+
+    def _write_snoozed(self, snoozed: Sequence[Snoozed]) -> None:
+        self.reporter.flush()
+        self._write(storage.snooze, snoozed, [each.fence for each in snoozed])
 
     def _write_unfinished(self, unfinished: Sequence[Fence]) -> None:
         self.reporter.flush()
-        self._service.call(storage.give_back, self._service.runner_ids, unfinished)
+        self._write_held(storage.give_back, unfinished, unfinished)
         self._on_settled({fence.id for fence in unfinished})
 
     def _write_interrupted(self, interrupted: Sequence[Fence]) -> None:
         self.reporter.flush()
-        self._service.call(storage.give_back, self._service.runner_ids, interrupted, has_started=True)
+        self._write_held(storage.give_back, interrupted, interrupted, has_started=True)
         self._on_settled({fence.id for fence in interrupted})
 
-    def _write_snoozed(self, snoozed: Sequence[Snoozed]) -> None:
-        self.reporter.flush()
+    def _write(self, write: Callable[..., set[int]], items: Sequence[Any], fences: Sequence[Fence]) -> None:
+        failures_before = self._service.failures
+        held = self._write_held(write, items, fences)
+        self._settle(held, fences, is_sure=self._service.failures == failures_before)
+
+    def _write_held(
+        self, write: Callable[..., set[int]], items: Sequence[Any], fences: Sequence[Fence], **options: bool
+    ) -> set[int]:
+        """Write down what became of the claims of these fences, one for each item; returns the ids of those held."""
         service = self._service
-        failures_before = service.failures
-        held = service.call(storage.snooze, service.runner_ids, snoozed)
-        self._settle(held, [each.fence for each in snoozed], is_sure=service.failures == failures_before)
+        known = len(service.runner_ids)
+        held = service.call(write, service.runner_ids, items, **options)
+        # The others may be held under an id that this process got while the statement was on its way.
+        while len(held) < len(fences) and known < len(service.runner_ids):
+            known = len(service.runner_ids)
+            left = [item for item, fence in zip(items, fences, strict=True) if fence.id not in held]
+            held |= service.call(write, service.runner_ids, left, **options)
+        return held
 
     def _settle(self, held: set[int], fences: Sequence[Fence], *, is_sure: bool) -> None:
         """Report outcomes that were refused. Not `is_sure` when a try before may have been done and not answered."""

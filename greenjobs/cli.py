@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import click
@@ -63,17 +63,23 @@ def migrate_command(check: bool, sql: bool, grant_texts: tuple[str, ...], **argu
         settings = configure(arguments)
         url = settings.session_url or settings.require_database_url()
         if check:
-            missing = migrate.pending(url)
-            for migration in missing:
+            found = migrate.standing(url)
+            for migration in found.missing:
                 click.echo(f"missing: {migration.label}")
-            if missing:
+            if found.missing:
                 sys.exit(1)
-            click.echo("up to date")
+            click.echo(_up_to_date(found.later))
         else:
             if not apply_migrations(url, wanted):
-                click.echo("up to date")
+                click.echo(_up_to_date(migrate.standing(url).later))
             for grant in wanted:
                 click.echo(f"{grant.role} may {grant.right}")
+
+
+def _up_to_date(later: Sequence[str]) -> str:
+    if not later:
+        return "up to date"
+    return f"nothing to do: a later release has applied {', '.join(later)}, and this one works with that"
 
 
 @main.command()
@@ -84,7 +90,7 @@ def status(as_json: bool, **arguments: str | None) -> None:
     with plain_errors():
         settings = configure(arguments)
         with pool.shared_pool(settings).connection() as connection:
-            migrate.require_current(connection)
+            later = migrate.require_current(connection)
             queues = inspection.queue_statuses(connection)
             runners = inspection.live_runners(connection)
             unknown = inspection.unknown_job_types(connection)
@@ -97,10 +103,13 @@ def status(as_json: bool, **arguments: str | None) -> None:
             "runners": [asdict(runner) for runner in runners],
             "unknown_job_types": [asdict(job_type) for job_type in unknown],
             "changed_queues": {name: setting._asdict() for name, setting in changed.items()},
+            "later_migrations": later,
         }
         click.echo(json.dumps(document, default=str, indent=2))
         return
     _print_status(queues, rates, runners, unknown, changed)
+    if later:
+        click.echo(f"\na later release has applied {', '.join(later)}; this one works with that")
 
 
 def _print_status(

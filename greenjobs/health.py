@@ -121,7 +121,9 @@ class Readiness:
         if isinstance(state, str):
             return [state]
         complaints = ["the database is a standby, which takes no writes"] if state.is_standby else []
-        # What a later release has added does not bother this one: while it is rolled out both run.
+        # What a later release has added does not bother this one, mostly: while it is rolled out both run.
+        if reason := migrate.unfit(state.needs, max(self._labels)):
+            complaints.append(reason)
         missing = [label for version, label in self._labels.items() if version not in state.versions]
         if missing:
             complaints.append(f"the database lacks {', '.join(missing)}; type `greenjobs migrate`")

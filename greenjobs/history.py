@@ -144,33 +144,3 @@ def find_jobs(connection: Connection, meant: JobFilter, *, limit: int | None) ->
     with connection.cursor() as cursor:
         cursor.execute(_FIND, {**asdict(meant), "limit": limit})
         return [FinishedJob(*(*row, Progress.read(progress), log)) for *row, progress, log in cursor.fetchall()]
-
-
-_COUNT = f"""
-SELECT count(*)
-FROM background_history AS job
-WHERE {HISTORY_IS_MEANT}
-"""
-
-
-def count_jobs(connection: Connection, meant: JobFilter) -> int:
-    """How many finished jobs are meant. Counts every one of them: for people, not for loops."""
-    with connection.cursor() as cursor:
-        cursor.execute(_COUNT, asdict(meant))
-        return sum(row[0] for row in cursor.fetchall())
-
-
-_CHOOSE = f"""
-SELECT job.id, job.attempt
-FROM background_history AS job
-WHERE {HISTORY_IS_MEANT}
-ORDER BY job.id DESC
-LIMIT %(limit)s
-"""
-
-
-def choose_jobs(connection: Connection, meant: JobFilter, *, limit: int | None) -> list[tuple[int, int]]:
-    """Id and attempt of the finished jobs that are meant, the newest first."""
-    with connection.cursor() as cursor:
-        cursor.execute(_CHOOSE, {**asdict(meant), "limit": limit})
-        return cursor.fetchall()

@@ -12,7 +12,8 @@ Which jobs are meant is said by ids, by filters, or both, and all that is said m
 it is fenced: a job that has moved on since it was chosen is left alone, and the outcome says so.
 
 Inside a job this is about the database of its runner, elsewhere about that of the settings. Every function raises
-OptionError for a filter that cannot be, DatabaseUnavailable, and SchemaError where the tables are missing.
+OptionError for a filter that cannot be, DatabaseUnavailable, SchemaError where the tables are missing, and
+AccessDenied.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from psycopg2 import errors
 from greenjobs import config, history, inspection, storage
 from greenjobs.current import lender
 from greenjobs.durations import DURATION_FORMS, duration
-from greenjobs.errors import OptionError, SchemaError
+from greenjobs.errors import OptionError
 from greenjobs.handle import JobHandle
 from greenjobs.history import FinishedJob
 from greenjobs.inspection import JobFilter, StoredJob
+from greenjobs.refusals import explained
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -130,7 +132,7 @@ def count(*ids: int, **filters: Unpack[Filters]) -> int:
     meant = _meant(ids, filters, takes=(*STATES, *KEPT_OUTCOMES), unasked=None)
     with _connection() as connection:
         counted = inspection.count_jobs(connection, meant) if _are_in_table(meant) else 0
-        return counted + (history.count_jobs(connection, meant) if _are_in_history(meant) else 0)
+        return counted + (inspection.count_jobs(connection, meant, finished=True) if _are_in_history(meant) else 0)
 
 
 def handle(id: int) -> JobHandle:
@@ -185,7 +187,9 @@ def plan(action: Action, *ids: int, limit: int | None = None, **filters: Unpack[
     with _connection() as connection:
         chosen = [storage.Fence(*each) for each in inspection.choose_jobs(connection, meant, limit=limit)]
         if action == "prune" and _are_in_history(meant):
-            finished = [storage.Fence(*each) for each in history.choose_jobs(connection, meant, limit=limit)]
+            finished = [
+                storage.Fence(*each) for each in inspection.choose_jobs(connection, meant, limit=limit, finished=True)
+            ]
             finished = finished if limit is None else finished[: limit - len(chosen)]
         missed = set(ids).difference(fence.id for fence in chosen)
         states = inspection.job_states(connection, sorted(missed)) if missed else {}
@@ -374,13 +378,7 @@ def _keep_failed(states: Sequence[str]) -> float:
 @contextlib.contextmanager
 def _connection() -> Iterator[Connection]:
     """A transaction in which statements may take their time."""
-    with lender(config.current()).connection() as connection, storage.atomic(connection):
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute(_PATIENCE)
-            yield connection
-        except (errors.UndefinedTable, errors.UndefinedColumn) as error:
-            raise SchemaError(
-                "the tables of greenjobs are not in this database, older than this release, or not in a schema of its "
-                "search_path; type `greenjobs migrate`"
-            ) from error
+    with explained(), lender(config.current()).connection() as connection, storage.atomic(connection):
+        with connection.cursor() as cursor:
+            cursor.execute(_PATIENCE)
+        yield connection

@@ -6,6 +6,11 @@ afterwards is noticed. Names are unqualified everywhere, so `search_path` decide
 
 A file that says `-- greenjobs: no-transaction` in a line of its own is run statement by statement instead, split at the
 lines that are `-- statement`; CREATE INDEX CONCURRENTLY needs that.
+
+While a release is rolled out, runners of the former one are started on tables that have been migrated already. They
+may be, unless a migration takes away what they use. One that does says so: `-- greenjobs: needs 0012`, in a line of its
+own, names the oldest migration that a release must know to work with the tables as it leaves them. That is recorded
+with it, for the former releases do not have the file.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 _WITHOUT_TRANSACTION = re.compile(r"^-- greenjobs: no-transaction$", re.MULTILINE)
+_NEEDS = re.compile(r"^-- greenjobs: needs (\d{4})$", re.MULTILINE)
 _STATEMENT = re.compile(r"^-- statement$", re.MULTILINE)
 _COMMENT = re.compile(r"--[^\n]*")
 
@@ -50,6 +56,7 @@ CREATE TABLE IF NOT EXISTS background_migrations (
     version INTEGER PRIMARY KEY,
     name TEXT NOT NULL,
     checksum TEXT NOT NULL,
+    needs INTEGER NOT NULL DEFAULT 1,
     applied_at TIMESTAMPTZ NOT NULL DEFAULT now()
 )
 """
@@ -57,13 +64,14 @@ CREATE TABLE IF NOT EXISTS background_migrations (
 _HAS_REGISTER = "SELECT to_regclass(quote_ident(current_schema()) || '.background_migrations') IS NOT NULL"
 
 _REGISTER = """
-INSERT INTO background_migrations (version, name, checksum)
-VALUES (%(version)s, %(name)s, %(checksum)s)
+INSERT INTO background_migrations (version, name, checksum, needs)
+VALUES (%(version)s, %(name)s, %(checksum)s, %(needs)s)
 """
 
 _APPLIED = """
-SELECT version, checksum
+SELECT version, name, checksum, needs
 FROM background_migrations
+ORDER BY version
 """
 
 
@@ -85,6 +93,24 @@ class Migration:
         """The same for every checkout, whatever line ends it uses."""
         return hashlib.sha256(self.sql.replace("\r\n", "\n").encode()).hexdigest()
 
+    @property
+    def needs(self) -> int:
+        """The oldest migration that a release must know to work with the tables as this one leaves them."""
+        said = _NEEDS.search(self.sql.replace("\r\n", "\n"))
+        return int(said[1]) if said else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a database stands to this release.
+
+    `missing` is what `migrate` would apply; `later` are the labels of what a later release has applied already, and
+    with which this one works all the same.
+    """
+
+    missing: Sequence[Migration]
+    later: Sequence[str] = ()
+
 
 def load() -> list[Migration]:
     """The migrations that this release brings, in order. Raises SchemaError when they are not where they belong."""
@@ -103,9 +129,9 @@ def load() -> list[Migration]:
 def migrate(database_url: str, *, grants: Sequence[Grant] = ()) -> list[str]:
     """Bring the tables up to date; returns the labels of what was applied, none when they were. Then give the `grants`.
 
-    Any number of processes may do this at once. Raises SchemaError when an applied file was edited, or when the
-    database has been migrated by a later release; DatabaseUnavailable; and psycopg2.Error when a statement fails, in
-    which case its file was rolled back.
+    Any number of processes may do this at once. There is nothing to do where a later release has been, with which this
+    one works. Raises SchemaError when it does not, or when an applied file was edited; DatabaseUnavailable; and
+    psycopg2.Error when a statement fails, in which case its file was rolled back.
     """
     migrations = load()
     ran = []
@@ -120,7 +146,7 @@ def migrate(database_url: str, *, grants: Sequence[Grant] = ()) -> list[str]:
         cursor.execute(_HAS_REGISTER)
         if cursor.fetchone() == (False,):
             cursor.execute(_CREATE_REGISTER)
-        for migration in _missing(cursor, migrations):
+        for migration in _compare(cursor, migrations).missing:
             _apply(cursor, migration)
             ran.append(migration.label)
         if grants:
@@ -128,10 +154,15 @@ def migrate(database_url: str, *, grants: Sequence[Grant] = ()) -> list[str]:
     return ran
 
 
-def pending(database_url: str) -> list[Migration]:
-    """The migrations that `migrate` would apply; changes nothing. Raises as `migrate`."""
+def standing(database_url: str) -> Standing:
+    """How the database stands to this release; changes nothing. Raises as `migrate`."""
     with _connected(database_url) as connection, connection.cursor() as cursor:
-        return _pending(cursor)
+        return _standing(cursor)
+
+
+def pending(database_url: str) -> Sequence[Migration]:
+    """The migrations that `migrate` would apply; changes nothing. Raises as `migrate`."""
+    return standing(database_url).missing
 
 
 def as_sql() -> str:
@@ -139,26 +170,40 @@ def as_sql() -> str:
     script = [_CREATE_REGISTER.strip() + ";\n"]
     for migration in load():
         transactional = not _WITHOUT_TRANSACTION.search(migration.sql)
-        record = f"VALUES ({migration.version}, '{migration.name}', '{migration.checksum}')"
+        record = f"VALUES ({migration.version}, '{migration.name}', '{migration.checksum}', {migration.needs})"
         script += [
             f"\n-- {migration.label}\n",
             "BEGIN;\n" if transactional else "",
             migration.sql,
-            f"INSERT INTO background_migrations (version, name, checksum)\n{record};\n",
+            f"INSERT INTO background_migrations (version, name, checksum, needs)\n{record};\n",
             "COMMIT;\n" if transactional else "",
         ]
     return "".join(script)
 
 
-def require_current(connection: Connection) -> None:
-    """Raise SchemaError, saying what to type, unless the tables are those of this release."""
+def require_current(connection: Connection) -> Sequence[str]:
+    """Raise SchemaError, saying what to type, unless this release works with the tables.
+
+    Returns the labels of what a later release has added to them.
+    """
     with connection.cursor() as cursor:
-        missing = _pending(cursor)
-    if missing:
+        found = _standing(cursor)
+    if found.missing:
         raise SchemaError(
-            f"the database lacks {', '.join(migration.label for migration in missing)}; "
+            f"the database lacks {', '.join(migration.label for migration in found.missing)}; "
             f"type `greenjobs migrate`, or start with `greenjobs run --migrate`"
         )
+    return found.later
+
+
+def unfit(needs: int, known: int) -> str | None:
+    """Why a release whose last migration is `known` does not work with tables that need one to know `needs`, if so."""
+    if needs <= known:
+        return None
+    return (
+        f"the database was migrated by a later release of greenjobs, and works only with those that know migration "
+        f"{needs:04}, and the last one that this one knows is {known:04}; install that release, or a later one"
+    )
 
 
 def _files() -> list[tuple[str, str]]:
@@ -196,33 +241,52 @@ def _take_lock(cursor: Cursor) -> None:
         time.sleep(_LOCK_PAUSE_SECONDS)
 
 
-def _pending(cursor: Cursor) -> list[Migration]:
+def _standing(cursor: Cursor) -> Standing:
     try:
-        return _missing(cursor, load())
+        return _compare(cursor, load())
     except errors.UndefinedTable:
-        return load()
+        return Standing(load())
 
 
-def _missing(cursor: Cursor, migrations: list[Migration]) -> list[Migration]:
-    cursor.execute(_APPLIED)
-    applied = dict(cursor.fetchall())
+def _compare(cursor: Cursor, migrations: list[Migration]) -> Standing:
+    try:
+        cursor.execute(_APPLIED)
+    except errors.UndefinedColumn as error:
+        raise SchemaError(
+            f"background_migrations is not as greenjobs makes it: {str(error).splitlines()[0]}; if it is of "
+            f"greenjobs, from before its first release: ALTER TABLE background_migrations "
+            f"ADD needs INTEGER NOT NULL DEFAULT 1"
+        ) from None
     known = {migration.version: migration for migration in migrations}
-    for version, checksum in sorted(applied.items()):
+    applied, later, needed = set[int](), list[str](), 1
+    for version, name, checksum, needs in cursor.fetchall():
         if version not in known:
-            raise SchemaError(
-                f"the database has migration {version:04}, which this release of greenjobs does not know; "
-                f"install the release that made it, or a later one"
-            )
-        if checksum != known[version].checksum:
+            later.append(f"{version:04}_{name}")
+        elif checksum != known[version].checksum:
             raise SchemaError(
                 f"{known[version].label}.sql was changed after it was applied; put the file back as it was, "
                 f"and make the change in a new one"
             )
-    return [migration for migration in migrations if migration.version not in applied]
+        applied.add(version)
+        needed = max(needed, needs)
+    if reason := unfit(needed, max(known)):
+        raise SchemaError(reason)
+    missing = [migration for migration in migrations if migration.version not in applied]
+    if missing and later:
+        raise SchemaError(
+            f"the database lacks {', '.join(migration.label for migration in missing)}, but a later release has been "
+            f"here already ({', '.join(later)}); migrate with that one"
+        )
+    return Standing(missing, later)
 
 
 def _apply(cursor: Cursor, migration: Migration) -> None:
-    registration = {"version": migration.version, "name": migration.name, "checksum": migration.checksum}
+    registration = {
+        "version": migration.version,
+        "name": migration.name,
+        "checksum": migration.checksum,
+        "needs": migration.needs,
+    }
     if _WITHOUT_TRANSACTION.search(migration.sql):
         for statement in _STATEMENT.split(migration.sql):
             if _COMMENT.sub("", statement).strip():

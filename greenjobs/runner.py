@@ -422,7 +422,12 @@ class RunnerHandle:
         logs.note_runner(self.name)
         try:
             with self._service.pool.connection() as connection:
-                migrate.require_current(connection)
+                later = migrate.require_current(connection)
+            if later:
+                logger.warning(
+                    "a later release has migrated the database (%s); this one works with that until it is replaced",
+                    ", ".join(later),
+                )
             self._begin_session()
             self._maintenance.read_queues()
             self._maintenance.rescue()

@@ -10,7 +10,7 @@ An error on the way out is logged, and changes nothing; nor does a context manag
 way in and the way out count for the job's timeouts.
 
 Around an enqueue it is the other way round: what fails there, on the way in or out, is logged, and the jobs are
-enqueued all the same, without its headers.
+enqueued all the same, without its headers. What interrupts the caller there, such as KeyboardInterrupt, goes on.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Enqueue:
 
 Surrounding = Callable[[], AbstractContextManager[Any]]
 EnqueueSurrounding = Callable[[Enqueue], AbstractContextManager["Mapping[str, str] | None"]]
+Entered = tuple[object, AbstractContextManager[Any]]  # with what made it
 S = TypeVar("S", bound=Surrounding)
 E = TypeVar("E", bound=EnqueueSurrounding)
 
@@ -88,7 +89,7 @@ def call_within(
     kwargs: Mapping[str, Any],
 ) -> Any:
     """Call the function inside all of them; returns what it returns, raises what it raises."""
-    entered: list[tuple[Surrounding, AbstractContextManager[Any]]] = []
+    entered: list[Entered] = []
     try:
         for make in surroundings:
             surrounding = make()
@@ -96,45 +97,56 @@ def call_within(
             entered.append((make, surrounding))
         value = function(*args, **kwargs)
     except BaseException as error:
-        _leave(entered, error)
+        _leave_attempt(entered, error)
         raise
-    _leave(entered, None)
+    _leave_attempt(entered, None)
     return value
 
 
-def _leave(entered: list[tuple[Surrounding, AbstractContextManager[Any]]], error: BaseException | None) -> None:
+def _leave_attempt(entered: list[Entered], error: BaseException | None) -> None:
+    # Also what interrupts the job just then changes nothing: its outcome is decided.
+    for make, failure in _leave(entered, error):
+        logger.error(
+            "job %s (%s): what surrounds it failed at its end, which changes nothing for the job: %r",
+            *(current_job.id, current_job.name, make),
+            exc_info=failure,
+        )
+
+
+def _leave(entered: list[Entered], error: BaseException | None) -> list[tuple[object, BaseException]]:
+    """Leave all of them, whatever happens on the way; returns which failed, and of what."""
     exit_arguments = (None, None, None) if error is None else (type(error), error, error.__traceback__)
+    failed: list[tuple[object, BaseException]] = []
     while entered:
         make, surrounding = entered.pop()
         try:
             surrounding.__exit__(*exit_arguments)
-        # Also what interrupts the job just then: its outcome is decided, and the others have to end, too.
         except BaseException as failure:
             if failure is not error:
-                logger.exception(
-                    "job %s (%s): what surrounds it failed at its end, which changes nothing for the job: %r",
-                    *(current_job.id, current_job.name, make),
-                )
+                failed.append((make, failure))
+    return failed
 
 
 @contextlib.contextmanager
 def enqueuing(enqueue: Enqueue) -> Iterator[dict[str, str]]:
     """Inside of all that surrounds an enqueue; yields the headers of all of them, which may be none."""
     headers: dict[str, str] = {}
-    entered: list[tuple[EnqueueSurrounding, AbstractContextManager[Any]]] = []
-    for make in tuple(around_enqueues):
-        try:
-            surrounding = make(enqueue)
-            given = surrounding.__enter__()
-        except Exception:
-            _complain(enqueue, make, "at its beginning; the job is enqueued without it")
-            continue
-        entered.append((make, surrounding))
-        try:
-            headers.update(_checked_headers(given or {}))
-        except Exception:
-            _complain(enqueue, make, "to give headers that can be stored; the job is enqueued without them")
+    entered: list[Entered] = []
     try:
+        for make in tuple(around_enqueues):
+            try:
+                surrounding = make(enqueue)
+                given = surrounding.__enter__()
+            except Exception as failure:
+                _complain(enqueue, make, "at its beginning; the job is enqueued without it", failure)
+                continue
+            entered.append((make, surrounding))
+            try:
+                headers.update(_checked_headers(given or {}))
+            except Exception as failure:
+                _complain(
+                    enqueue, make, "to give headers that can be stored; the job is enqueued without them", failure
+                )
         yield headers
     except BaseException as error:
         _leave_enqueue(enqueue, entered, error)
@@ -154,20 +166,16 @@ def _checked_headers(given: Mapping[str, str]) -> dict[str, str]:
     return headers
 
 
-def _leave_enqueue(
-    enqueue: Enqueue,
-    entered: list[tuple[EnqueueSurrounding, AbstractContextManager[Any]]],
-    error: BaseException | None,
-) -> None:
-    exit_arguments = (None, None, None) if error is None else (type(error), error, error.__traceback__)
-    while entered:
-        make, surrounding = entered.pop()
-        try:
-            surrounding.__exit__(*exit_arguments)
-        except Exception as failure:
-            if failure is not error:
-                _complain(enqueue, make, "at its end, which changes nothing")
+def _leave_enqueue(enqueue: Enqueue, entered: list[Entered], error: BaseException | None) -> None:
+    interruption = None
+    for make, failure in _leave(entered, error):
+        if isinstance(failure, Exception):
+            _complain(enqueue, make, "at its end, which changes nothing", failure)
+        else:
+            interruption = failure
+    if interruption is not None:  # which is not for those who surround, but for whoever enqueues
+        raise interruption
 
 
-def _complain(enqueue: Enqueue, make: EnqueueSurrounding, where: str) -> None:
-    logger.exception("what surrounds the enqueue of %s failed %s: %r", enqueue.job_type, where, make)
+def _complain(enqueue: Enqueue, make: object, where: str, failure: Exception) -> None:
+    logger.error("what surrounds the enqueue of %s failed %s: %r", enqueue.job_type, where, make, exc_info=failure)

@@ -279,7 +279,7 @@ def test_jobs_that_a_factory_declares_are_found_and_get_what_it_made(
 
 
 def test_missing_application_is_refused(invoke: Invoke, database: running.Database) -> None:
-    assert "no app.py or wsgi.py" in _refused(invoke("run", database_url=database.url))
+    assert "no wsgi.py or app.py" in _refused(invoke("run", database_url=database.url))
 
 
 def test_missing_module_is_refused(invoke: Invoke, database: running.Database) -> None:
@@ -410,6 +410,26 @@ def test_check_exits_with_1_until_the_tables_are_there(invoke: Invoke, empty_dat
     assert invoke("migrate", "--check", database_url=empty_database_url) == (0, "up to date\n")
 
 
+@pytest.fixture
+def later_release(database: running.Database) -> Iterator[None]:
+    """One has been here."""
+    database.rows("INSERT INTO background_migrations (version, name, checksum) VALUES (9999, 'later', 'x')")
+    yield
+    database.rows("DELETE FROM background_migrations WHERE version = 9999")
+
+
+@pytest.mark.parametrize("options", [[], ["--check"]])
+def test_migrate_has_nothing_to_do_where_a_later_release_has_been(
+    invoke: Invoke, database: running.Database, later_release: None, options: list[str]
+) -> None:
+    said = "nothing to do: a later release has applied 9999_later, and this one works with that\n"
+    assert invoke("migrate", *options, database_url=database.url) == (0, said)
+
+    database.rows("UPDATE background_migrations SET needs = 9999 WHERE version = 9999")
+    line = _refused(invoke("migrate", *options, database_url=database.url))
+    assert re.search(r"know migration 9999, and .*; install that release, or a later one", line)
+
+
 def test_sql_is_printed_without_a_database(invoke: Invoke) -> None:
     status, output = invoke("migrate", "--sql")
 
@@ -475,6 +495,16 @@ def test_status_leaves_dead_runners_out(project: Path, database: running.Databas
         eventually(lambda: "greenjobs session" not in database.sessions(), "its session did not end")
 
     assert "no live runners" in processes.run("greenjobs", "status", folder=project, database_url=database.url)
+
+
+def test_status_says_that_a_later_release_has_been_here(
+    invoke: Invoke, database: running.Database, later_release: None
+) -> None:
+    _, output = invoke("status", database_url=database.url)
+    _, document = invoke("status", "--json", database_url=database.url)
+
+    assert output.splitlines()[-1] == "a later release has applied 9999_later; this one works with that"
+    assert json.loads(document)["later_migrations"] == ["9999_later"]
 
 
 def test_status_as_json(project: Path, database: running.Database) -> None:

@@ -14,12 +14,13 @@ import poolers
 import pytest
 import running
 from doctors import finding, findings
+from faults.server import new_server, workshop
 from gevent.event import Event
 from psycopg2 import errors
 from waiting import eventually
 
 import greenjobs
-from greenjobs import config, embedded, grants, job
+from greenjobs import config, grants, job
 from greenjobs.doctor import Limits, examine
 from greenjobs.runner import Runner
 
@@ -143,6 +144,19 @@ def test_empty_database_has_one_failure(empty_database_url: str) -> None:
     assert failed == ["schema"]
 
 
+def test_tables_of_a_later_release_are_a_warning_and_a_failure_if_this_one_does_not_work_with_them(
+    database: running.Database,
+) -> None:
+    database.rows("INSERT INTO background_migrations (version, name, checksum) VALUES (9999, 'later', 'x')")
+    found = findings()
+    assert found["schema"].level == "warn"
+    assert found["schema"].message == "a later release has applied 9999_later; this one works with that"
+    assert found["queues"].level == "ok"
+    database.rows("UPDATE background_migrations SET needs = 9999 WHERE version = 9999")
+    assert finding("schema").level == "fail"
+    assert str(finding("schema").remedy) == "install that release, or a later one"
+
+
 def test_migration_that_was_edited_is_a_failure(database: running.Database) -> None:
     database.rows("UPDATE background_migrations SET checksum = 'another' WHERE version = 1")
     assert "was changed after it was applied" in finding("schema").message
@@ -241,11 +255,14 @@ def test_role_that_may_not_see_the_age_of_a_transaction_is_told_by_transactions(
 
 @pytest.fixture(scope="module")
 def busy_server() -> Iterator[str]:
-    """A server that is reached by TCP, and lets transactions be prepared."""
-    settings = {"listen_addresses": "127.0.0.1", "max_prepared_transactions": "2"}
-    with embedded.temporary(settings) as url, databases.administration(url) as cursor:
-        cursor.execute("ALTER ROLE CURRENT_USER PASSWORD 'hunter2'")
-        yield url
+    """A server that is reached by TCP, at a port of its own, and lets transactions be prepared."""
+    with workshop() as folder:
+        server = new_server(folder / "server", listen_addresses="127.0.0.1", max_prepared_transactions="2")
+        try:
+            server.start()
+            yield server.url
+        finally:
+            server.end()
 
 
 def test_prepared_transaction_that_was_forgotten_is_told(busy_server: str) -> None:
@@ -364,10 +381,7 @@ def test_direct_way_that_leads_nowhere_is_a_failure(database: running.Database) 
 def test_keepalives_are_looked_at_where_a_network_is_between(busy_server: str) -> None:
     from psycopg2 import extensions
 
-    with databases.administration(busy_server) as cursor:
-        port = cursor.connection.info.port
-        password = {"password": "hunter2", "user": cursor.connection.info.user}
-    url = str(extensions.make_dsn(busy_server, host="127.0.0.1", port=port, **password))
+    url = str(extensions.make_dsn(busy_server, host="127.0.0.1"))
     assert finding("keepalives", url=url).message == "the server asks for a sign of life after 10 s of silence"
 
 

@@ -157,6 +157,60 @@ def test_what_fails_around_an_enqueue_is_logged_and_the_job_is_there(
     assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["in", "out"]
 
 
+def interrupting(seen: list[str], *, where: str, by: BaseException) -> Any:
+    """Around an enqueue, and raises on its way in or out."""
+
+    @contextlib.contextmanager
+    def surrounding(enqueue: Enqueue) -> Iterator[None]:
+        if where == "in":
+            raise by
+        try:
+            yield
+        finally:
+            seen.append("middle ended")
+            raise by
+
+    return surrounding
+
+
+@pytest.mark.parametrize("where", ["in", "out"])
+@pytest.mark.parametrize("by", [KeyboardInterrupt(), gevent.GreenletExit(), gevent.Timeout(1)], ids=lambda by: type(by))
+def test_interruption_around_an_enqueue_ends_what_was_entered_and_goes_on(
+    where: str, by: BaseException, database: running.Database
+) -> None:
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def noting(enqueue: Enqueue) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            seen.append("ended")
+
+    @job
+    def work() -> None: ...
+
+    surround_enqueue(noting)
+    surround_enqueue(interrupting(seen, where=where, by=by))
+    surround_enqueue(noting)
+    with pytest.raises(BaseException) as raised:  # any of them
+        work.delay()
+    assert raised.value is by
+    assert seen == (["ended"] if where == "in" else ["ended", "middle ended", "ended"])
+    assert database.count() == (0 if where == "in" else 1)
+
+
+def test_interruption_on_the_way_out_counts_more_than_the_error_of_the_enqueue(database: running.Database) -> None:
+    @job
+    def work() -> None: ...
+
+    surround_enqueue(interrupting([], where="out", by=KeyboardInterrupt()))
+    database.rows("ALTER TABLE background_jobs RENAME TO moved")
+    with pytest.raises(KeyboardInterrupt) as raised:
+        work.delay()
+    assert isinstance(raised.value.__context__, SchemaError)
+
+
 @pytest.mark.parametrize(
     "headers",
     [{"a": 1}, {"a": "\0"}, {"a": "\ud800"}, {"a": "x" * 9000}, ["a"], "text"],

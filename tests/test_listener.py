@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
@@ -13,7 +14,10 @@ from gevent.event import Event
 from waiting import eventually
 
 from greenjobs import job
+from greenjobs.acknowledger import Acknowledger
 from greenjobs.runner import Runner, RunnerHandle
+from greenjobs.service import Service
+from greenjobs.storage import Ended, Failure, Fence, Snoozed
 
 PATIENCE_SECONDS = running.PATIENCE_SECONDS
 
@@ -170,6 +174,54 @@ def test_what_runs_while_the_session_is_lost_is_done_once(database: running.Data
         database.wait_for("true", count=0)
 
     assert started == [1]
+
+
+Hand = Callable[[Acknowledger, Fence], None]
+
+OUTCOMES: dict[str, tuple[Hand, tuple[str | None, int]]] = {
+    "done": (lambda outcomes, fence: outcomes.done.add(fence), (None, 0)),
+    "ended": (lambda outcomes, fence: outcomes.ended.add(Ended(fence, "discarded")), (None, 0)),
+    "failed": (lambda outcomes, fence: outcomes.failed.add(Failure(fence, None, {"error": "E"})), ("failed", 1)),
+    "snoozed": (lambda outcomes, fence: outcomes.snoozed.add(Snoozed(fence, 60)), ("scheduled", 0)),
+    "unfinished": (lambda outcomes, fence: outcomes.unfinished.add(fence), ("available", 0)),
+    "interrupted": (lambda outcomes, fence: outcomes.interrupted.add(fence), ("available", 0)),
+}
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_outcome_that_is_written_while_its_job_is_adopted_counts(
+    outcome: str, database: running.Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its statement knows the former id alone, and has to wait for the row, which has the new one then."""
+    hand, expected = OUTCOMES[outcome]
+    id = database.value(
+        "INSERT INTO background_jobs (job_type, queue, data, state, attempt, claimed_by, claimed_at)"
+        " VALUES ('work', 'default', '{}', 'running', 1, 1, now()) RETURNING id"
+    )
+    service = Service(database.url, on_standby=lambda: None)
+    service.runner_ids.append(1)
+    settled: set[int] = set()
+    outcomes = Acknowledger(service, on_settled=settled.update, spawn=gevent.spawn)
+    waits = (
+        "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        " AND application_name = 'greenjobs runner'"
+    )
+    with contextlib.closing(psycopg2.connect(database.url)) as adopting:
+        with adopting.cursor() as cursor:
+            cursor.execute("UPDATE background_jobs SET claimed_by = 2")
+        hand(outcomes, Fence(id, 1))
+        eventually(lambda: database.rows(waits), "the outcome is not on its way", seconds=PATIENCE_SECONDS)
+        service.runner_ids.append(2)
+        adopting.commit()
+    with gevent.Timeout(PATIENCE_SECONDS):
+        outcomes.wait_empty()
+    outcomes.stop()
+    service.close()
+
+    state, retries = expected
+    assert database.rows("SELECT state, retries FROM background_jobs") == ([] if state is None else [(state, retries)])
+    assert settled == {id}
+    assert "no longer held" not in caplog.text
 
 
 def test_runner_survives_the_loss_of_all_its_connections(database: running.Database) -> None:

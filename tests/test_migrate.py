@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -139,25 +140,6 @@ def test_checksum_is_blind_to_the_line_ends_of_a_checkout() -> None:
     assert unix.checksum == windows.checksum
 
 
-def test_database_of_a_later_release_is_refused(database: running.Database) -> None:
-    migrate.migrate(database.url)
-    database.rows("INSERT INTO background_migrations (version, name, checksum) VALUES (9999, 'later', 'x')")
-
-    with pytest.raises(SchemaError, match="9999.*does not know"):
-        migrate.migrate(database.url)
-
-
-def test_runner_refuses_the_database_of_a_later_release(database: running.Database) -> None:
-    migrate.migrate(database.url)
-    database.rows("INSERT INTO background_migrations (version, name, checksum) VALUES (9999, 'later', 'x')")
-
-    @job
-    def work() -> None: ...
-
-    with pytest.raises(SchemaError, match="9999"):
-        Runner().register(work).start()
-
-
 def test_runner_on_an_unmigrated_database_says_what_to_type(database: running.Database) -> None:
     @job
     def work() -> None: ...
@@ -193,6 +175,142 @@ def test_migrate_says_that_the_server_is_not_there() -> None:
         migrate.migrate(f"postgresql://127.0.0.1:{processes.free_port()}/shop")
 
 
+def test_register_of_a_state_before_the_first_release_says_what_to_do(database: running.Database) -> None:
+    migrate.migrate(database.url)
+    database.rows("ALTER TABLE background_migrations DROP COLUMN needs")
+
+    for look in (migrate.migrate, migrate.pending):
+        with pytest.raises(SchemaError, match=r"column \"needs\" does not exist.*: (ALTER TABLE .*)") as raised:
+            look(database.url)
+    database.rows(str(raised.value).rpartition("before its first release: ")[2])
+
+    assert migrate.migrate(database.url) == []
+
+
+# --- a later release has been here ------------------------------------------------------------------------------------
+
+
+def _migrate_further(database: running.Database, *, needs: int = 1) -> None:
+    """Leave what a later release leaves."""
+    migrate.migrate(database.url)
+    database.rows(
+        "INSERT INTO background_migrations (version, name, checksum, needs) VALUES (9998, 'later', 'x', 1),"
+        " (9999, 'last', 'x', %s)",
+        needs,
+    )
+
+
+_NEXT = len(_LABELS) + 1
+
+
+def test_there_is_nothing_to_migrate_where_a_later_release_has_been(database: running.Database) -> None:
+    _migrate_further(database, needs=len(_LABELS))
+
+    assert migrate.migrate(database.url) == []
+    assert migrate.standing(database.url) == migrate.Standing([], ["9998_later", "9999_last"])
+
+
+def test_later_release_that_needs_more_than_this_one_knows_is_an_error(database: running.Database) -> None:
+    _migrate_further(database, needs=_NEXT)
+
+    for look in (migrate.migrate, migrate.pending):
+        with pytest.raises(SchemaError, match=rf"know migration {_NEXT:04}, and .* knows is {_NEXT - 1:04}; install"):
+            look(database.url)
+
+
+def test_runner_works_on_tables_that_a_later_release_has_migrated_and_warns_once(
+    database: running.Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran = []
+
+    @job
+    def work() -> None:
+        ran.append(1)
+
+    _migrate_further(database)
+    work.delay()
+    running.work_off(work)
+
+    assert ran == [1]
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "greenjobs.runner"]
+    assert warning == (
+        "a later release has migrated the database (9998_later, 9999_last); this one works with that until it is "
+        "replaced"
+    )
+
+
+def test_runner_refuses_tables_that_need_a_later_release(database: running.Database) -> None:
+    _migrate_further(database, needs=_NEXT)
+
+    @job
+    def work() -> None: ...
+
+    with pytest.raises(SchemaError, match="works only with those that know migration"):
+        Runner().register(work).start()
+
+
+def test_edited_file_is_noticed_where_a_later_release_has_been_too(database: running.Database) -> None:
+    _migrate_further(database)
+    database.rows("UPDATE background_migrations SET checksum = 'another' WHERE version = 1")
+
+    with pytest.raises(SchemaError, match="was changed"):
+        migrate.migrate(database.url)
+
+
+def test_gap_before_what_a_later_release_has_applied_is_left_to_that_one(database: running.Database) -> None:
+    _migrate_further(database)
+    database.rows("DELETE FROM background_migrations WHERE version = %s", len(_LABELS))
+
+    with pytest.raises(SchemaError, match=rf"lacks {_LABELS[-1]}, but .* \(9998_later, 9999_last\); migrate with that"):
+        migrate.migrate(database.url)
+
+
+def test_runner_of_the_former_release_is_started_while_the_next_one_is_rolled_out(
+    tmp_path: Path, database: running.Database
+) -> None:
+    """The next release is this one with one more migration; then with one that this release cannot work with."""
+    later = tmp_path / "later"
+    for name in ("greenjobs", "migrations"):
+        shutil.copytree(processes.ROOT / name, later / name, ignore=shutil.ignore_patterns("__pycache__"))
+    project = tmp_path / "project"
+    project.mkdir()
+    processes.write_application(project, "from greenjobs import job\n\n@job\ndef work(): ...\n")
+
+    def migrate_further(version: int, opening: str) -> str:
+        sql = f"{opening}\nALTER TABLE background_jobs ADD COLUMN added_{version} TEXT;\n"
+        (later / "migrations" / f"{version:04}_more.sql").write_text(sql, "utf-8")
+        return processes.run("python", "-m", "greenjobs", "migrate", folder=later, database_url=database.url)
+
+    def run(*, status: int = 0) -> str:
+        options = ("--migrate", "--until-empty")
+        return processes.run("greenjobs", "run", *options, folder=project, database_url=database.url, status=status)
+
+    assert migrate_further(_NEXT, "-- Why: more.").splitlines()[-1] == f"applied {_NEXT:04}_more"
+    database.rows("INSERT INTO background_jobs (job_type, queue, data) VALUES ('work', 'default', '{}')")
+    said = run()
+    assert f"a later release has migrated the database ({_NEXT:04}_more)" in said
+    assert database.count() == 0
+
+    migrate_further(_NEXT + 1, f"-- greenjobs: needs {_NEXT:04}")
+    assert f"those that know migration {_NEXT:04}, and the last one that this one knows is {_NEXT - 1:04}" in run(
+        status=2
+    )
+
+
+def test_every_migration_says_whether_the_former_release_runs_on() -> None:
+    """In words, or in the line that keeps it from starting."""
+    for migration in migrate.load()[1:]:
+        says_so = "previous release runs on" in " ".join(migration.sql.replace("--", "").split())
+        assert says_so == (migration.needs == 1), migration.label
+        assert 1 <= migration.needs <= migration.version
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_file_that_needs_a_later_release_says_so_in_a_line_of_its_own(end: str) -> None:
+    assert migrate.Migration(9, "x", f"-- Why{end}-- greenjobs: needs 0008{end}SELECT 1;{end}").needs == 8
+    assert migrate.Migration(9, "x", f"-- It is not so that -- greenjobs: needs 0008{end}SELECT 1;{end}").needs == 1
+
+
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +342,8 @@ def test_printed_sql_makes_the_same_tables_as_migrate(database: running.Database
 
     assert columns("one") == columns("two") != []
     assert indexes("one") == indexes("two") != []
+    record = "SELECT version, name, checksum, needs FROM {}.background_migrations ORDER BY version"
+    assert database.rows(record.format("one")) == database.rows(record.format("two")) != []
 
 
 def test_printed_sql_applied_twice_changes_nothing_the_second_time(database: running.Database) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -102,13 +103,14 @@ def test_batches_on_an_autocommit_connection_are_one_transaction(
 
 
 def test_enqueue_wakes_a_worker_that_waits_there(connection: Connection, database: running.Database) -> None:
-    storage.say_waiting(connection, _OURS, ["default", "other"])
+    runner = _register(connection)
+    storage.say_waiting(connection, runner, ["default", "other"])
     heard = _listen(database)
 
     _enqueue(connection)
 
-    assert heard() == [f"{_OURS}:default"]
-    assert database.rows("SELECT queue, runner FROM background_waiting") == [("other", _OURS)]
+    assert heard() == [f"{runner}:default"]
+    assert database.rows("SELECT queue, runner FROM background_waiting") == [("other", runner)]
 
 
 def test_enqueue_notifies_nobody_when_nobody_waits(connection: Connection, database: running.Database) -> None:
@@ -141,7 +143,7 @@ def test_enqueue_for_soon_notifies_the_promoters(connection: Connection, databas
 
 
 def test_enqueue_for_much_later_notifies_nobody(connection: Connection, database: running.Database) -> None:
-    storage.say_waiting(connection, _OURS, ["default"])
+    storage.say_waiting(connection, _register(connection), ["default"])
     heard = _listen(database)
 
     _enqueue(connection, delay_seconds=3600)
@@ -608,6 +610,23 @@ def test_runner_that_registers_again_keeps_what_nobody_took(connection: Connecti
     session.close()
 
 
+def test_runner_that_registers_again_waits_under_its_former_id_no_more(
+    connection: Connection, database: running.Database
+) -> None:
+    """A wake-up for that one would be heard by nobody, and another runner would not get it."""
+    former = _register(connection)
+    storage.say_waiting(connection, former, ["default"])
+    with contextlib.closing(connect(database.url, application_name="test", timeout_seconds=10)) as session:
+        runner = storage.register_runner(
+            session, hostname="here", pid=1, version="0", queues={}, job_types=[], former=[former]
+        )
+        storage.say_waiting(connection, former, ["default"])  # which was tried again until the database was back
+
+        assert database.rows("SELECT * FROM background_waiting") == []
+        storage.say_waiting(connection, runner, ["default"])
+        assert database.rows("SELECT queue, runner FROM background_waiting") == [("default", runner)]
+
+
 def test_runner_that_ends_gives_back_what_it_still_holds(connection: Connection, database: running.Database) -> None:
     runner = _dead_runner(database)
     _enqueue(connection)
@@ -631,14 +650,15 @@ def test_runners_that_ended_long_ago_are_forgotten(connection: Connection, datab
 
 
 def test_wake_tells_every_worker_that_waits_there_once(connection: Connection, database: running.Database) -> None:
-    for runner in (1, 2):
+    runners = [_register(connection) for _ in range(2)]
+    for runner in runners:
         storage.say_waiting(connection, runner, ["default", "other"])
     heard = _listen(database)
 
     storage.wake(connection, ["default"])
     storage.wake(connection, ["default"])
 
-    assert sorted(heard()) == ["1:default", "2:default"]
+    assert sorted(heard()) == sorted(f"{runner}:default" for runner in runners)
 
 
 # --- rows that cannot be ----------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -282,7 +284,7 @@ def test_many_waits_for_one_job_all_end(database: running.Database, gate: Gate) 
 
 
 def test_waits_take_no_connection_from_those_who_enqueue(database_url: str, gate: Gate) -> None:
-    with running.application(database_url, enqueue_connections=1, enqueue_timeout=5.0) as database:
+    with running.application(database_url, enqueue_connections=1, enqueue_timeout=_PATIENCE) as database:
 
         @job
         def work() -> None:
@@ -336,6 +338,40 @@ def test_end_during_a_lost_connection_is_seen_by_the_look_after_it(
 
     monkeypatch.setattr(watch, "connect", connect_later)
     assert handle.wait(_PATIENCE) == "done"
+
+
+def test_end_between_the_mark_and_the_look_is_told(database: running.Database) -> None:
+    """The row is gone by then, and was never seen; but whoever ended it has notified."""
+
+    @job
+    def work() -> None: ...
+
+    handle = work.delay()
+    listener = connect(database.url, application_name="greenjobs wait", timeout_seconds=_PATIENCE)
+    with contextlib.closing(psycopg2.connect(database.url)) as holder:
+        with holder.cursor() as cursor:
+            cursor.execute("LOCK TABLE background_history")  # which the look reads, and the mark does not
+        waiting = waiting_in(lambda: watch._listen(listener, handle.id, time.monotonic() + _PATIENCE))
+        held_up = "SELECT 1 FROM pg_locks WHERE pid = %s AND relation = 'background_history'::regclass AND NOT granted"
+        eventually(lambda: database.rows(held_up, listener.info.backend_pid), "it does not look", seconds=_PATIENCE)
+        with holder.cursor() as cursor:
+            cursor.execute(
+                "UPDATE background_jobs SET state = 'running', attempt = 1, claimed_by = 1, claimed_at = now()"
+            )
+        assert storage.end(holder, [1], [storage.Ended(Fence(handle.id, 1), "discarded")]) == {handle.id}
+        holder.commit()
+        assert waiting.get(timeout=_PATIENCE).status == "discarded"
+    listener.close()
+
+
+def test_notification_that_has_arrived_is_heard_although_the_time_is_up(database: running.Database) -> None:
+    listener = connect(database.url, application_name="greenjobs wait", timeout_seconds=_PATIENCE)
+    with contextlib.closing(listener):
+        storage.listen_for_end(listener, 1)
+        database.rows("SELECT pg_notify('greenjobs_ended_' || 'background_jobs'::regclass::oid || '_1', 'discarded')")
+        eventually(lambda: watch._is_readable(listener, 0), "nothing arrives", seconds=_PATIENCE)
+        assert watch._hear(listener, time.monotonic()) == "discarded"
+        assert watch._hear(listener, time.monotonic()) is None
 
 
 def test_row_that_was_deleted_by_hand_is_gone(database: running.Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,9 +436,11 @@ def test_wait_listens_on_the_direct_way(database_url: str, gate: Gate) -> None:
             return real(url, **options)
 
         handle = work.delay()
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(JobNotEnded):
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(watch, "connect", note)
-            handle.wait(0.2)
+            waiting = waiting_in(lambda: handle.wait(_PATIENCE))
+            listens(database)
+            waiting.kill()
         assert seen == [direct]
         assert database.count("is_watched") == 1
 
@@ -422,11 +460,13 @@ def test_waiting_leaves_other_greenlets_alone(database: running.Database) -> Non
             gevent.sleep(0.001)
             turns += 1
 
+    waiting = waiting_in(lambda: handle.wait(_PATIENCE))
+    listens(database)
     turning = gevent.spawn(turn)
-    with pytest.raises(JobNotEnded):
-        handle.wait(0.5)
+    eventually(lambda: turns > 20, "the other greenlet does not go on", seconds=_PATIENCE)
+    assert not waiting.ready()
     turning.kill()
-    assert turns > 20
+    waiting.kill()
 
 
 def test_job_that_waits_for_another_is_interrupted_by_its_timeout(database: running.Database) -> None:

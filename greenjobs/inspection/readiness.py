@@ -11,14 +11,16 @@ if TYPE_CHECKING:
 
 
 class DatabaseState(NamedTuple):
-    """Whether the server takes writes, and which migrations have been applied, by number."""
+    """Whether the server takes writes, which migrations have been applied, by number, and which of them a release
+    must know to work with them."""
 
     is_standby: bool
     versions: frozenset[int]
+    needs: int
 
 
 _STATE = """
-SELECT pg_is_in_recovery(), coalesce(array_agg(version), '{}')
+SELECT pg_is_in_recovery(), coalesce(array_agg(version), '{}'), coalesce(max(needs), 1)
 FROM background_migrations
 """
 
@@ -29,6 +31,6 @@ def database_state(connection: Connection) -> DatabaseState:
         try:
             cursor.execute(_STATE)
         except errors.UndefinedTable:
-            return DatabaseState(False, frozenset())
-        is_standby, versions = cursor.fetchone() or (False, [])
-        return DatabaseState(is_standby, frozenset(versions))
+            return DatabaseState(False, frozenset(), 1)
+        is_standby, versions, needs = cursor.fetchone() or (False, [], 1)
+        return DatabaseState(is_standby, frozenset(versions), needs)

@@ -144,33 +144,45 @@ def find_jobs(connection: Connection, meant: JobFilter, *, limit: int | None) ->
         return [StoredJob(*(*row, Progress.read(progress), log)) for *row, progress, log in cursor.fetchall()]
 
 
-_COUNT = f"""
-SELECT count(*)
+# By whether those of the history are meant.
+_MEANT = {
+    False: f"""
 FROM background_jobs AS job
 WHERE {_IS_MEANT}
-"""
+""",
+    True: f"""
+FROM background_history AS job
+WHERE {HISTORY_IS_MEANT}
+""",
+}
+
+_COUNT = {finished: f"SELECT count(*) {meant}" for finished, meant in _MEANT.items()}
 
 
-def count_jobs(connection: Connection, meant: JobFilter) -> int:
-    """How many jobs are meant. Counts every one of them: for people, not for loops."""
+def count_jobs(connection: Connection, meant: JobFilter, *, finished: bool = False) -> int:
+    """How many jobs are meant, or `finished` ones. Counts every one of them: for people, not for loops."""
     with connection.cursor() as cursor:
-        cursor.execute(_COUNT, asdict(meant))
+        cursor.execute(_COUNT[finished], asdict(meant))
         return sum(row[0] for row in cursor.fetchall())
 
 
-_CHOOSE = f"""
+_CHOOSE = {
+    finished: f"""
 SELECT job.id, job.attempt
-FROM background_jobs AS job
-WHERE {_IS_MEANT}
+{meant}
 ORDER BY job.id DESC
 LIMIT %(limit)s
 """
+    for finished, meant in _MEANT.items()
+}
 
 
-def choose_jobs(connection: Connection, meant: JobFilter, *, limit: int | None) -> list[tuple[int, int]]:
-    """Id and attempt of the jobs that are meant, the newest first."""
+def choose_jobs(
+    connection: Connection, meant: JobFilter, *, limit: int | None, finished: bool = False
+) -> list[tuple[int, int]]:
+    """Id and attempt of the jobs that are meant, or of `finished` ones, the newest first."""
     with connection.cursor() as cursor:
-        cursor.execute(_CHOOSE, {**asdict(meant), "limit": limit})
+        cursor.execute(_CHOOSE[finished], {**asdict(meant), "limit": limit})
         return cursor.fetchall()
 
 

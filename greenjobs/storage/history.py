@@ -230,15 +230,30 @@ def listen_for_end(connection: Connection, id: int) -> None:
 
 # Waits for whoever is changing the row. If that is its end, it finds nothing, and a look afterwards sees the end.
 _WATCH = """
-UPDATE background_jobs
-SET is_watched = true
+WITH watched AS (
+    UPDATE background_jobs
+    SET is_watched = true
+    WHERE id = %(id)s
+        AND state <> 'failed'
+        AND NOT is_watched
+    RETURNING id
+)
+SELECT id
+FROM watched
+UNION ALL
+SELECT id
+FROM background_jobs
 WHERE id = %(id)s
     AND state <> 'failed'
-    AND NOT is_watched
+    AND is_watched
 """
 
 
-def watch(connection: Connection, id: int) -> None:
-    """Have whoever ends this job notify, unless it has ended. Listen first, and look afterwards."""
+def watch(connection: Connection, id: int) -> bool:
+    """Have whoever ends this job notify, unless it has ended; returns whether they will, or just have.
+
+    Listen first, and look afterwards.
+    """
     with connection.cursor() as cursor:
         cursor.execute(_WATCH, {"id": id})
+        return cursor.fetchone() is not None

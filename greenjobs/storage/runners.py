@@ -43,7 +43,12 @@ WHERE state = 'running'
     AND claimed_by = ANY(%(former)s)
 """
 
+# A wake-up is for one who waits: there would be nobody to hear one that is meant for a former id.
 _END_FORMER = """
+WITH silenced AS (
+    DELETE FROM background_waiting
+    WHERE runner = ANY(%(former)s)
+)
 UPDATE background_runners
 SET ended_at = now()
 WHERE id = ANY(%(former)s)
@@ -171,12 +176,15 @@ def forget_runners(connection: Connection, *, age_seconds: float) -> int:
         return cursor.rowcount
 
 
+# Where the database was away meanwhile, the runner may have another id by now.
 _SAY_WAITING = Statement(
     "say_waiting",
     """
 INSERT INTO background_waiting (queue, runner)
-SELECT queue, %(runner)s
+SELECT queue, runner.id
 FROM unnest(%(queues)s::text[]) AS queue
+JOIN background_runners AS runner ON runner.id = %(runner)s
+WHERE runner.ended_at IS NULL
 ON CONFLICT DO NOTHING
 """,
     runner="int",
@@ -185,7 +193,7 @@ ON CONFLICT DO NOTHING
 
 
 def say_waiting(connection: Connection, runner: int, queues: Sequence[str]) -> None:
-    """Say that this runner has room in these queues, so that whoever enqueues there wakes it.
+    """Say that this runner has room in these queues, so that whoever enqueues there wakes it; not if it has ended.
 
     An enqueue that began before this committed cannot know: look once more afterwards.
     """
