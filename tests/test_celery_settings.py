@@ -335,6 +335,8 @@ def test_entry_of_beat_schedule_that_cannot_be_keeps_a_runner_from_starting(
 def test_signals_say_what_takes_their_place() -> None:
     with pytest.raises(ImportError, match=r"task_prerun is not in greenjobs; use greenjobs\.surroundings\.surround"):
         from greenjobs.contrib.celery.signals import task_prerun  # noqa: F401
+    with pytest.raises(ImportError, match=r"worker_process_init is not in greenjobs; use the module that"):
+        from greenjobs.contrib.celery.signals import worker_process_init  # noqa: F401
     with pytest.raises(Unsupported, match=r"app\.control\.inspect is not in greenjobs"):
         Celery("shop", set_as_current=False).control.inspect()
     assert issubclass(Retry, BaseException) and not issubclass(Retry, Exception)
