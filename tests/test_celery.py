@@ -696,6 +696,19 @@ def test_autoretry_is_for_the_errors_that_are_named(app: Celery) -> None:
     assert isinstance(results[0].result, OSError)
 
 
+@pytest.mark.parametrize("option", ["autoretry_for", "dont_autoretry_for"])
+@pytest.mark.parametrize("given", [OSError, "OSError", (OSError, "KeyError"), [int], 5], ids=str)
+def test_autoretry_for_what_is_no_list_of_errors_is_refused(quiet: Celery, option: str, given: Any) -> None:
+    """Before the task runs, of whose first error nothing would be left."""
+    options = {"autoretry_for": (ConnectionError,), option: given}
+
+    @quiet.task(name="fetch", **options)
+    def fetch() -> None: ...
+
+    with pytest.raises(JobDefinitionError, match=f"fetch: {option} is .*; allowed: classes of errors"):
+        fetch.delay()
+
+
 def test_autoretry_raises_the_error_itself_where_the_task_is_called(quiet: Celery) -> None:
     @quiet.task(autoretry_for=(OSError,))
     def work() -> None:
