@@ -131,6 +131,16 @@ def settle(handle: RunnerHandle) -> None:
         gevent.sleep(0.01)
 
 
+def wait_for_want(handle: RunnerHandle, *names: str) -> None:
+    """Wait until these queues want slots: they have heard of the jobs that were enqueued there."""
+    stakes = [handle.workers[name]._stake for name in names]
+    eventually(
+        lambda: all(stake is not None and stake.count_wanted() for stake in stakes),
+        f"{names} do not want slots",
+        seconds=PATIENCE_SECONDS,
+    )
+
+
 # --- strict order -----------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +181,7 @@ def test_freed_slot_is_for_a_job_that_came_later_in_a_queue_before(database: run
         house.wait(bulk=4)
         settle(handle)
         house.enqueue(critical=2, default=1)
+        wait_for_want(handle, "critical", "default")
         house.let_go("bulk")
         house.wait(critical=1, bulk=3)
         house.let_go("bulk")
@@ -305,6 +316,7 @@ def test_part_of_an_idle_queue_is_for_the_others_until_it_wants_it(database: run
         house.wait(bulk=4)
         settle(handle)
         house.enqueue(critical=30)
+        wait_for_want(handle, "critical")
         for count in (1, 2, 3):  # as bulk jobs end, until it has the part that it is worth
             house.let_go("bulk")
             house.wait(critical=count, bulk=4 - count)
