@@ -142,7 +142,7 @@ def _read(
     instant, age_seconds = _moment(since)
     queues, job_types = _names("queue", queue), _names("job_type", job_type)
     try:
-        with lender(config.current()).connection() as connection:
+        with lender(config.current()).connection() as connection, storage.patiently(connection):
             return read(connection, since=instant, age_seconds=age_seconds, queues=queues, job_types=job_types, **more)
     except errors.UndefinedTable as error:
         raise SchemaError(

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Queue", "QueueServer", "find", "get", "pause", "resize", "resume"]
 
-# People wait longer for a look at a million rows than a view may wait for an enqueue.
-_PATIENCE = "SET LOCAL statement_timeout = '120s'"
-
 
 def find() -> list[Queue]:
     """All queues by name: those that have jobs, are served by a live runner, or were paused or resized."""
@@ -112,10 +109,8 @@ def _require_known(connection: Connection, names: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _connection() -> Iterator[Connection]:
     """A transaction in which statements may take their time."""
-    with lender(config.current()).connection() as connection, storage.atomic(connection):
+    with lender(config.current()).connection() as connection, storage.patiently(connection):
         try:
-            with connection.cursor() as cursor:
-                cursor.execute(_PATIENCE)
             yield connection
         except errors.UndefinedTable as error:
             raise SchemaError(
