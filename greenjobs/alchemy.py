@@ -18,7 +18,8 @@ ALLOWED = (
 
 
 def driver_connection(given: Any) -> Any:
-    """The driver's connection behind a SQLAlchemy Connection, Session or scoped_session; None for anything else.
+    """The driver's connection behind a SQLAlchemy Connection, Session or scoped_session, or behind what
+    `engine.raw_connection()` returns; None for anything else.
 
     It is in a transaction then, which is the caller's to commit, and is begun if there was none: what is executed on it
     belongs to that, and to the savepoint that is open. Nothing is flushed. Raises OptionError where the driver is not
@@ -26,7 +27,37 @@ def driver_connection(given: Any) -> Any:
     errors, such as PendingRollbackError.
     """
     connection = _connection_of(given)
-    return None if connection is None else _of_connection(connection)
+    if connection is not None:
+        return _of_connection(connection)
+    pool = sys.modules.get("sqlalchemy.pool")
+    return given.dbapi_connection if pool is not None and isinstance(given, pool._ConnectionFairy) else None
+
+
+def is_in_two_phases(given: Any) -> bool:
+    """Whether the transaction of a SQLAlchemy Connection or Session is to be prepared before it is committed."""
+    connection = _connection_of(given)
+    if connection is None:
+        return False
+    return isinstance(connection.get_transaction(), sys.modules["sqlalchemy.engine"].TwoPhaseTransaction)
+
+
+def takes_statements(given: Any, bind: Any = None) -> bool:
+    """Whether what is enqueued on this can be part of a transaction: not on a session in a hook such as after_commit,
+    where that has ended, and the next cannot begin. A session that has to be rolled back first is to say so itself.
+    """
+    orm = sys.modules.get("sqlalchemy.orm")
+    if orm is not None and isinstance(given, orm.scoped_session):
+        given = given()
+    if orm is None or not isinstance(given, orm.Session) or given.is_active:
+        return True
+    failures = sys.modules["sqlalchemy.exc"]
+    try:
+        given.connection(bind_arguments={"bind": bind} if bind is not None else None)
+    except failures.PendingRollbackError:
+        return True
+    except failures.InvalidRequestError:
+        return False
+    return True
 
 
 def forget_if_broken(given: Any) -> None:

@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
-from greenjobs import companions, config, current, events
+from greenjobs import alchemy, companions, config, current, events
 from greenjobs.current import database_rooms, joined, lender
 from greenjobs.errors import AccessDenied, PayloadError, SchemaError
 from greenjobs.handle import JobHandle, note_transaction
@@ -175,7 +175,8 @@ class Call(Generic[P]):
                 # In autocommit every statement commits by itself, so all or nothing takes a single one.
                 batches = self._batches(storage, data, len(data) if connection.autocommit else BATCH_SIZE)
                 try:
-                    enqueued = storage.enqueue_inside(connection, batches)
+                    two_phases = alchemy.is_in_two_phases(given)
+                    enqueued = storage.enqueue_inside(connection, batches, in_two_phases=two_phases)
                 except BaseException:
                     pool.forget_if_broken(given)
                     raise

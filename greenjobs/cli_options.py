@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 import psycopg2
 
-from greenjobs import config, grants, logs, migrate, pool
+from greenjobs import config, grants, logs, migrate, pool, refusals
 from greenjobs.errors import GreenjobsError
 from greenjobs.supervisor import EXIT_MISTAKE
 
@@ -50,10 +50,7 @@ def plain_errors() -> Iterator[None]:
     except GreenjobsError as error:
         _complain(str(error))
     except psycopg2.errors.InsufficientPrivilege as error:
-        _complain(
-            f"the database says: {str(error).strip()}; the owner of the tables can give the role its rights, with "
-            f"`greenjobs migrate --grant run=ROLE`, or read=ROLE where it is only to look"
-        )
+        _complain(str(refusals.denied(error)))
     except psycopg2.Error as error:
         _complain(f"the database says: {str(error).strip()}")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import gevent
 
-from greenjobs import config, djangodb, lending, pool, storage
+from greenjobs import alchemy, config, djangodb, lending, pool, storage
 from greenjobs.errors import CompletionError, JobLost, SchemaError
 from greenjobs.keeping import NO_RESULT, ResultCodec, keep_seconds
 from greenjobs.storage import ClaimedJob, Fence
@@ -112,7 +112,10 @@ class Transaction:
         """What to enqueue on here, for it to be part of this transaction; None when it is not open, or not here."""
         if self._state is not _State.OPEN or not _is_here(self._attempt):
             return None
-        return self._given if self._lent is None else self._lent
+        if self._lent is not None:
+            return self._lent
+        # Not in a hook of a session that is called when the end of the block has committed.
+        return self._given if alchemy.takes_statements(self._given) else None
 
     def end(self) -> None:
         """The function has ended. One that leaves a block open, or went on though it had lost the job, has failed."""
@@ -198,10 +201,10 @@ class Transaction:
         """End the row in the open transaction, if it is still ours; whether it was."""
         row = self._attempt.row
         connection = self._shared()
-        if self._number is not None and storage.transaction_id(connection) != self._number:
+        if self._was_ended_within(connection):
             raise CompletionError(
-                f"job {row.id} ({row.job_type}): what current_job.transaction() was given has been committed or rolled "
-                f"back inside the block; take out what does so, or what was written before may be written twice"
+                f"job {row.id} ({row.job_type}): the transaction of current_job.transaction() has been committed or "
+                f"rolled back inside the block; take out what does so, or what was written before may be written twice"
             )
         known = self._attempt.place.runner_ids
         if not known:
@@ -221,6 +224,11 @@ class Transaction:
                 f"job {row.id} ({row.job_type}) cannot complete on this connection: the tables of greenjobs are not in "
                 f"its database, or not in a schema of its search_path"
             ) from error
+
+    def _was_ended_within(self, connection: Connection) -> bool:
+        if self._number is None:  # ours, which refuses all but statements, and saves a round trip
+            return lending.was_ended_by_statement(connection)
+        return storage.transaction_id(connection) != self._number
 
     def _end_row(self, connection: Connection, runners: Sequence[int]) -> set[int]:
         attempt, fence = self._attempt, Fence(self._attempt.row.id, self._attempt.row.attempt)

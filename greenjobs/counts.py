@@ -9,7 +9,8 @@ Runners count every attempt when it ends, and write that every few seconds and w
 counted in its last seconds is lost; nothing is counted twice because a connection broke.
 
 Inside a job this is about the database of its runner, elsewhere about that of the settings. Every function raises
-OptionError for an argument that cannot be, DatabaseUnavailable, and SchemaError where the tables are missing.
+OptionError for an argument that cannot be, DatabaseUnavailable, SchemaError where the tables are missing, and
+AccessDenied.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from psycopg2 import errors
-
 from greenjobs import config, storage
 from greenjobs.current import lender
 from greenjobs.durations import DURATION_FORMS, duration
-from greenjobs.errors import OptionError, SchemaError
+from greenjobs.errors import OptionError
+from greenjobs.refusals import explained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,13 +141,8 @@ def _read(
 ) -> list[tuple[Any, ...]]:
     instant, age_seconds = _moment(since)
     queues, job_types = _names("queue", queue), _names("job_type", job_type)
-    try:
-        with lender(config.current()).connection() as connection, storage.patiently(connection):
-            return read(connection, since=instant, age_seconds=age_seconds, queues=queues, job_types=job_types, **more)
-    except errors.UndefinedTable as error:
-        raise SchemaError(
-            "the counts are not in this database, or not in a schema of its search_path; type `greenjobs migrate`"
-        ) from error
+    with explained(), lender(config.current()).connection() as connection, storage.patiently(connection):
+        return read(connection, since=instant, age_seconds=age_seconds, queues=queues, job_types=job_types, **more)
 
 
 def _moment(since: Since) -> tuple[datetime | None, float | None]:

@@ -356,6 +356,10 @@ class Stage(Protocol):
     def is_unseen(self) -> bool:
         """Whether no runner sees the jobs that are stored."""
 
+    @property
+    def runs_at_once(self) -> bool:
+        """Whether a job has run when it has been enqueued."""
+
     def job_pool(self, settings: config.Settings) -> JobPool:
         """What lends connections to the code of jobs, and to whoever else asks for one."""
 

@@ -324,7 +324,9 @@ class Executor:
         finally:
             for timer in timers:
                 timer.close()
-            del self.running[row.id]
+            # Another attempt of the same job may have begun here, where this one was given to somebody else meanwhile.
+            if self.running.get(row.id) is attempt:
+                del self.running[row.id]
             self.finished += 1
             seconds = time.perf_counter() - started
             self.busy_seconds += seconds

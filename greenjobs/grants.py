@@ -71,7 +71,10 @@ _NUMBERED = {"enqueue": ("background_jobs",), "run": ("background_jobs", "backgr
 _FORM = "RIGHT=ROLE, where the right is one of " + ", ".join(RIGHTS)
 
 _PLACE = """
-SELECT current_schema(), to_regrole(%(role)s) IS NOT NULL
+SELECT
+    current_schema(),
+    to_regrole(%(role)s) IS NOT NULL,
+    EXISTS (SELECT FROM pg_class WHERE oid = to_regclass('background_jobs') AND relowner = to_regrole(%(role)s))
 """
 
 _SEQUENCE = """
@@ -100,7 +103,8 @@ def parse(texts: Iterable[str]) -> list[Grant]:
 def give(cursor: Cursor, grants: Sequence[Grant]) -> None:
     """Give these rights, and no others, to the roles that they name; all of them or none.
 
-    Raises SchemaError for a role that is not there, and when whoever asks may not give the rights.
+    Raises SchemaError for a role that is not there, for the owner of the tables, and when whoever asks may not give the
+    rights.
     """
     cursor.execute("BEGIN")
     try:
@@ -123,7 +127,13 @@ def give(cursor: Cursor, grants: Sequence[Grant]) -> None:
 def _statements(cursor: Cursor, role: str, rights: Sequence[str]) -> Iterable[sql.Composed]:
     # to_regrole reads its argument as an identifier is written.
     cursor.execute(_PLACE, {"role": sql.Identifier(role).as_string(cursor)})
-    schema, is_there = cursor.fetchone() or (None, False)
+    schema, is_there, is_owner = cursor.fetchone() or (None, False, False)
+    if is_owner:
+        # To give it the least would take the rest from it, even what migrations need.
+        raise SchemaError(
+            f"{role!r} owns the tables, and so may do everything with them; rights are given to other roles: make one, "
+            f"as in CREATE ROLE … LOGIN, and let the application use that"
+        )
     if not is_there:
         raise SchemaError(f"there is no role {role!r} in this database; make it first, as in CREATE ROLE … LOGIN")
     to: dict[str, Any] = {"role": sql.Identifier(role), "schema": sql.Identifier(schema)}

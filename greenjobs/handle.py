@@ -92,8 +92,10 @@ class JobHandle(_Enqueued):
     def cancel(self) -> Literal["removed", "asked", "gone"]:
         """End the job. One that waits is removed; one that runs is asked to end, and JobCancelled raised in it within a
         second, in whichever process it runs; one that is done or failed is gone."""
+        from greenjobs.refusals import explained  # it needs psycopg2
+
         _, storage = database_rooms()
-        with lender(config.current()).connection() as connection:
+        with explained(), lender(config.current()).connection() as connection:
             removed, asked = storage.cancel(connection, [self.id])
         return "removed" if removed else "asked" if asked else "gone"
 

@@ -4,6 +4,9 @@ Nothing is patched here, unless the application does it: the main thread runs th
 runner says. An error that is to be raised in a job goes by a signal to the main thread, whose handler raises it: that
 ends waits of the interpreter as well. A statement that PostgreSQL is at is cancelled on the server, whosever connection
 it is. The end of the line is that of the runner, and so of this process.
+
+What this module needs of threads it takes before the application is loaded, which may patch them: a listener that is a
+greenlet would never hear of anything.
 """
 
 from __future__ import annotations
@@ -11,23 +14,30 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import importlib.util
 import json
+import logging
 import os
-import queue
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
+from _thread import allocate_lock, get_ident, start_new_thread
 from collections.abc import Callable, Mapping
 from contextvars import Context
+from queue import SimpleQueue
+from time import sleep
 from typing import Any, NoReturn, cast
 
-from greenjobs import companions, config, errors, logs, pool, surroundings
+import gevent
+from gevent.hub import Hub
+from greenlet import getcurrent
+
+from greenjobs import companions, config, errors, logs, metrics_folder, pool, surroundings
 from greenjobs.cli_options import configure
 from greenjobs.contrib import equipment, metrics_number
-from greenjobs.current import Abroad, Attempt, Place, attempt_here, enter_attempt
+from greenjobs.current import Abroad, Attempt, Place, enter_attempt
 from greenjobs.error_record import error_record
 from greenjobs.errors import GreenjobsError, JobControl
 from greenjobs.events import Outcome
@@ -42,10 +52,17 @@ from greenjobs.storage import ClaimedJob
 from greenjobs.supervisor import EXIT_MISTAKE
 from greenjobs.surroundings import Surrounding, call_within
 
+logger = logging.getLogger(__name__)
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Nobody uses it, and who does not handle it does not notice it.
 _WAKE = signal.SIGURG
+
+_RUNNERS_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+# What became of them at first, for the processes that a job forks.
+_dispositions: dict[int, Any] = {}
 
 # The main thread, unless it is in C code that does not let it, has heard of an error after this.
 _HEARING_SECONDS = 0.2
@@ -59,9 +76,7 @@ def main(line: str) -> None:
     parent, fd = (int(part) for part in line.split(":"))
     os.set_inheritable(fd, False)
     _end_with(parent)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # It is for the runner to say when. Not ignored, which the programs that jobs start would inherit.
-        signal.signal(number, lambda *_: None)
+    _take_no_notice()
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGQUIT, all_threads=False)
     connection = socket.socket(fileno=fd)
@@ -69,7 +84,14 @@ def main(line: str) -> None:
     hello = unpack(connection.recv)
     if hello is not None:
         made, around = _load(hello)
+        _take_no_notice()  # whatever the application has set up
         JobProcess(connection, made, around, hello["runner_name"]).serve()
+
+
+def _take_no_notice() -> None:
+    """Of signals: it is for the runner to say when. Not ignored, which the programs that jobs start would inherit."""
+    for number in _RUNNERS_SIGNALS:
+        _dispositions.setdefault(number, signal.signal(number, lambda *_: None))
 
 
 def _end_with(parent: int) -> None:
@@ -89,10 +111,13 @@ def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
         configure(hello["settings"], loads_application=True)
         found, equipped = equipment.load(hello["application"] or None)
     except GreenjobsError as error:
-        sys.stderr.write(f"greenjobs: {error}\n")
+        if logs.writes_json():
+            logger.error("%s", error)
+        else:
+            sys.stderr.write(f"greenjobs: {error}\n")
         sys.exit(EXIT_MISTAKE)
-    except Exception:  # the application's own mistake: its traceback says where
-        traceback.print_exc()
+    except Exception as error:  # the application's own mistake: its traceback says where
+        sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(EXIT_MISTAKE)
     logs.settle()
     logs.note_runner(hello["runner_name"])
@@ -101,7 +126,15 @@ def _load(hello: Mapping[str, Any]) -> tuple[Any, tuple[Surrounding, ...]]:
         each.adopt()
         each.equip(cast("Any", around))
     companions.meet(runs_jobs=True)
-    return found, (*surroundings.everywhere, *around.surroundings)
+    _count_what_is_enqueued()
+    return found, (*surroundings.everywhere, *around.surroundings, _Offspring)
+
+
+def _count_what_is_enqueued() -> None:
+    """Where the runner shows metrics, and those of its processes among them."""
+    is_shown = config.current().http is not None and metrics_folder.FOLDER in os.environ
+    if is_shown and importlib.util.find_spec("prometheus_client") is not None:
+        importlib.import_module("greenjobs.contrib.prometheus")
 
 
 class _Around:
@@ -115,6 +148,33 @@ class _Around:
         self.surroundings.append(make)
 
 
+class _Offspring:
+    """Ends a process that the job has forked where that leaves the job's function: it is no process of the runner's,
+    and what surrounds the job is not for it to end."""
+
+    def __enter__(self) -> None:
+        self._pid = os.getpid()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if os.getpid() != self._pid:
+            _end_offspring(error or SystemExit())
+
+
+def _end_offspring(error: BaseException) -> NoReturn:
+    """As the interpreter ends, without what others have put off until then."""
+    status = 1
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    elif error.code is None or isinstance(error.code, int):
+        status = error.code or 0
+    else:
+        sys.stderr.write(f"{error.code}\n")
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status & 0xFF)
+
+
 class JobProcess:
     """Serves one runner over this connection; `context` is what its jobs have as current_job.context."""
 
@@ -125,18 +185,24 @@ class JobProcess:
         self._context = context
         self._surroundings = around
         self._runner_name = runner_name
-        self._orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._sending = threading.Lock()
+        self._orders: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._sending = allocate_lock()
+        self._thread = get_ident()
+        # Where the application has patched, its jobs wait in a hub beside it.
+        self._greenlet = getcurrent()
         self._runner_ids: list[int] = []
         self._inside: list[int] | None = None
         """Whose function runs at this moment: the id and the claim of the job."""
+        self._attempt: Attempt | None = None
         self._to_raise: tuple[list[int], BaseException] | None = None
         self._relay = _Relay(self._say)
 
     def serve(self) -> None:
         """Run what the runner says, until it hangs up."""
         signal.signal(_WAKE, self._raise_it)
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._masks: dict[int, set[int]] = {}
+        os.register_at_fork(before=self._hold, after_in_parent=self._go_on, after_in_child=self._let_go)
+        start_new_thread(self._listen, ())
         self._say({"what": "up"})
         while (order := self._orders.get()) is not None:
             self._say({"what": "begun", "id": order["row"][0]})
@@ -149,12 +215,22 @@ class JobProcess:
             self._connection.sendall(pack(message))
 
     def _listen(self) -> None:
+        try:
+            self._hear()
+        except Exception:  # such as a want of memory
+            traceback.print_exc()
+            os._exit(1)
+        if self._inside is not None:  # what it runs is somebody else's by now, or will be
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._orders.put(None)
+
+    def _hear(self) -> None:
         while message := unpack(self._connection.recv):
             if message["do"] == "run":
                 self._runner_ids[:] = message["runner_ids"]
                 self._orders.put(message)
             elif message["do"] == "show":
-                frame = sys._current_frames().get(threading.main_thread().ident or 0)
+                frame = self._greenlet.gr_frame or sys._current_frames().get(self._thread)
                 inside = self._inside
                 self._say({"what": "stands", "id": inside and inside[0], "stack": lines_of(frame)})
             elif message["do"] == "know":
@@ -162,11 +238,24 @@ class JobProcess:
             else:
                 error = getattr(errors, message["error"], errors.JobInterrupted)(message["text"])
                 self._to_raise = told = (message["claim"], error)
-                signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
-                threading.Thread(target=self._insist, args=(told,), daemon=True).start()
-        if self._inside is not None:  # what it runs is somebody else's by now, or will be
-            os.kill(os.getpid(), signal.SIGKILL)
-        self._orders.put(None)
+                signal.pthread_kill(self._thread, _WAKE)
+                start_new_thread(self._insist, (told,))
+
+    # --- processes that a job forks -----------------------------------------------------------------------------------
+
+    def _hold(self) -> None:
+        """A signal that comes to the child at once waits until that heeds it: the interpreter would forget it."""
+        self._masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _RUNNERS_SIGNALS)
+
+    def _go_on(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop(get_ident()))
+
+    def _let_go(self) -> None:
+        """In the child: it may be told to end as any other process, and has nothing to say here."""
+        self._connection.close()
+        for number, disposition in (*_dispositions.items(), (_WAKE, signal.SIG_DFL)):
+            signal.signal(number, disposition)
+        self._go_on()
 
     # --- ending a job from outside ------------------------------------------------------------------------------------
 
@@ -175,13 +264,14 @@ class JobProcess:
         told = self._to_raise
         if told is not None and told[0] == self._inside:
             self._to_raise = None
-            attempt = attempt_here()
-            if attempt is not None:
-                attempt.interrupted_by = told[1]
-            raise told[1]
+            if self._attempt is not None:  # current_job is not there in a hub
+                self._attempt.interrupted_by = told[1]
+            if not isinstance(getcurrent(), (Hub, gevent.Greenlet)):
+                raise told[1]
+            gevent.get_hub().loop.run_callback(self._greenlet.throw, told[1])
 
     def _insist(self, told: tuple[list[int], BaseException]) -> None:
-        time.sleep(_HEARING_SECONDS)
+        sleep(_HEARING_SECONDS)
         # Told too late, it is nobody's: what this process is at by now may be another job.
         if self._to_raise is told and told[0] == self._inside and "psycopg2" in sys.modules:
             _cancel_statements()
@@ -229,12 +319,12 @@ class JobProcess:
 
     def _call(self, job: Job[Any, Any], attempt: Attempt) -> Any:
         args, kwargs = job.codec.decode(attempt.row.data)
-        self._inside = [attempt.row.id, attempt.row.attempt]
+        self._attempt, self._inside = attempt, [attempt.row.id, attempt.row.attempt]
         try:
             self._raise_it()  # what came before the job had begun
             return call_within(self._surroundings, job.function, args, kwargs)
         finally:
-            self._inside = None
+            self._attempt = self._inside = None
 
     def _raised(self, job: Job[Any, Any], attempt: Attempt, error: BaseException) -> dict[str, Any]:
         """What the runner has to know of the error; judged here, where its class is known, and the job's backoff."""
@@ -254,9 +344,9 @@ class _Relay:
 
     def __init__(self, say: Callable[[Mapping[str, Any]], None]) -> None:
         self._say = say
-        self._expected: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self._passing = threading.Lock()
-        threading.Thread(target=self._pass_on_for_ever, daemon=True).start()
+        self._expected: SimpleQueue[Report] = SimpleQueue()
+        self._passing = allocate_lock()
+        start_new_thread(self._pass_on_for_ever, ())
 
     def expect(self, report: Report) -> None:
         """There are news in this report; returns at once."""
@@ -276,7 +366,7 @@ class _Relay:
             report = self._expected.get()
             report.is_expected = False
             self.pass_on(report)
-            time.sleep(_PAUSE_SECONDS)
+            sleep(_PAUSE_SECONDS)
 
 
 def _outcome(attempt: Attempt, error: BaseException | None) -> Outcome:

@@ -12,7 +12,8 @@ Which jobs are meant is said by ids, by filters, or both, and all that is said m
 it is fenced: a job that has moved on since it was chosen is left alone, and the outcome says so.
 
 Inside a job this is about the database of its runner, elsewhere about that of the settings. Every function raises
-OptionError for a filter that cannot be, DatabaseUnavailable, and SchemaError where the tables are missing.
+OptionError for a filter that cannot be, DatabaseUnavailable, SchemaError where the tables are missing, and
+AccessDenied.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from psycopg2 import errors
 from greenjobs import config, history, inspection, storage
 from greenjobs.current import lender
 from greenjobs.durations import DURATION_FORMS, duration
-from greenjobs.errors import OptionError, SchemaError
+from greenjobs.errors import OptionError
 from greenjobs.handle import JobHandle
 from greenjobs.history import FinishedJob
 from greenjobs.inspection import JobFilter, StoredJob
+from greenjobs.refusals import explained
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -373,11 +375,5 @@ def _keep_failed(states: Sequence[str]) -> float:
 @contextlib.contextmanager
 def _connection() -> Iterator[Connection]:
     """A transaction in which statements may take their time."""
-    with lender(config.current()).connection() as connection, storage.patiently(connection):
-        try:
-            yield connection
-        except (errors.UndefinedTable, errors.UndefinedColumn) as error:
-            raise SchemaError(
-                "the tables of greenjobs are not in this database, older than this release, or not in a schema of its "
-                "search_path; type `greenjobs migrate`"
-            ) from error
+    with explained(), lender(config.current()).connection() as connection, storage.patiently(connection):
+        yield connection

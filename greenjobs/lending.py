@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import psycopg2
 from psycopg2 import errors, extensions
@@ -17,6 +17,9 @@ from greenjobs import config
 from greenjobs.errors import CompletionError
 from greenjobs.pool import ConnectionPool
 from greenjobs.statement import PlanningConnection
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Connection
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,17 @@ class JobConnection(PlanningConnection):
         refuse_to_end(self, "rollback")
         super().rollback()
 
+    def reset(self) -> None:
+        """As psycopg2 has it, which rolls back; refused where that is."""
+        refuse_to_end(self, "reset")
+        super().reset()
+
+    def set_isolation_level(self, level: int | None) -> None:
+        """As psycopg2 has it, which rolls back a transaction that has begun; refused where that is."""
+        if self.get_transaction_status() != extensions.TRANSACTION_STATUS_IDLE:
+            refuse_to_end(self, "set_isolation_level")
+        super().set_isolation_level(level)
+
 
 class Completing(Protocol):
     """What may be lent to a block of `current_job.transaction()`, and then is_completing."""
@@ -51,6 +65,15 @@ def refuse_to_end(connection: Completing, what: str) -> None:
             f"transaction, which ends with the block; raise an error to roll it back, use SAVEPOINT for a part of "
             f"it, and greenjobs.connection() for what is not to be in it"
         )
+
+
+def was_ended_by_statement(connection: Connection) -> bool:
+    """Whether a COMMIT or ROLLBACK has been sent as a statement: the server is in no transaction, psycopg2 is in one.
+
+    Whatever was sent after it has been committed by itself.
+    """
+    is_idle = connection.get_transaction_status() == extensions.TRANSACTION_STATUS_IDLE
+    return is_idle and connection.status == extensions.STATUS_BEGIN
 
 
 class JobPool(ConnectionPool):

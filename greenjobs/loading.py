@@ -1,7 +1,7 @@
 """How the application is found whose jobs are to be run: as Flask finds it.
 
 `package.module`, `package.module:name`, or `package.module:factory()`; without any, GREENJOBS_APP, then FLASK_APP, then
-app.py or wsgi.py in the working directory. Importing the module declares the jobs; an object is looked up, and a
+wsgi.py or app.py in the working directory. Importing the module declares the jobs; an object is looked up, and a
 factory called, because applications may declare their jobs no earlier than that.
 """
 
@@ -19,7 +19,11 @@ from greenjobs.errors import ConfigError
 EARLY_OPTIONS = ("app", "processes", "max_jobs", "max_memory", "http", "log_level", "log_format")
 """What `greenjobs run` has to know before it loads the application, which therefore cannot say it."""
 
-_DEFAULT_FILES = ("app.py", "wsgi.py")
+DEFAULT_FILES = ("wsgi.py", "app.py")
+"""What Flask looks for where nothing is named, in its order."""
+
+# What its command puts into the environment, where python-dotenv is installed.
+_FILES_OF_FLASK = (".flaskenv", ".env")
 
 
 def load_application(given: str | None) -> Any:
@@ -38,14 +42,16 @@ def load_application(given: str | None) -> Any:
 
 def name_of_application(given: str | None) -> str | None:
     """What would be loaded: `given`, or what Flask would find; None where there is nothing of the kind."""
-    return given or os.environ.get("FLASK_APP") or next((file for file in _DEFAULT_FILES if Path(file).is_file()), None)
+    return given or os.environ.get("FLASK_APP") or next((file for file in DEFAULT_FILES if Path(file).is_file()), None)
 
 
 def _no_name() -> ConfigError:
+    unread = next((file for file in _FILES_OF_FLASK if Path(file).is_file()), None)
+    hint = "" if unread is None else f"; {unread} is read by the command flask alone, as in `flask greenjobs run`"
     return ConfigError(
-        f"no application is named, and there is no {' or '.join(_DEFAULT_FILES)} in {Path.cwd()}; name the module that "
+        f"no application is named, and there is no {' or '.join(DEFAULT_FILES)} in {Path.cwd()}; name the module that "
         f"declares the jobs: --app myapp.jobs, the environment variable GREENJOBS_APP, or app under [greenjobs] in "
-        f"setup.cfg"
+        f"setup.cfg{hint}"
     )
 
 

@@ -9,13 +9,16 @@ name what a record has already, so a factory of records would break calls that d
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from greenjobs.current import attempt_here
@@ -40,6 +43,9 @@ _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 # What a URL has between "user:" and the last "@" before its path. Whatever libraries log, passwords are not for logs.
 _PASSWORD = re.compile(r'(\w://[^\s:/@"]*):[^\s/"]+@')
 
+# In its query, and among libpq's keywords: "host=… password=…". Not the argument of a call, in a line of code.
+_PASSWORD_PAIR = re.compile(r"""((?:^|[?&'"]|(?<![,(\s])\s)\w*password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&'"]+)""")
+
 # What JSON's readers hold as a whole number; texts of longer ones Python may refuse to make.
 _LARGEST_NUMBER = 2**63
 
@@ -52,6 +58,9 @@ _COLOURS = {
 }
 _FAINT = "\x1b[2m"
 _TAG = "\x1b[36m"
+
+# Beside py.warnings, which logging.captureWarnings has.
+_uncaught = logging.getLogger("py.uncaught")
 
 runner_name: str | None = None
 """The host and process id of the runner in this process; None where there is none."""
@@ -121,10 +130,46 @@ def set_up(settings: Settings, *, loads_application: bool = False) -> None:
         root.setLevel(settings.log_level)
         root.addHandler(make_handler(settings.log_format))
         if settings.log_format == "json":
-            logging.captureWarnings(True)  # which are printed otherwise, among the lines of JSON
+            # They are printed otherwise, among the lines of JSON.
+            logging.captureWarnings(True)
+            _log_what_nobody_catches()
         if loads_application:
             logging.basicConfig = _basic_config
     add_job_keys()
+
+
+def _log_what_nobody_catches() -> None:
+    """Let errors be lines of the log that end a thread, a greenlet, a callback of the loop, or the process."""
+
+    def note_at_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, Exception):
+            _note_uncaught("the process ends with an error", error)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    def note_in_thread(told: threading.ExceptHookArgs) -> None:
+        if not isinstance(told.exc_value, SystemExit):
+            _note_uncaught(f"{told.thread.name if told.thread else 'a thread'} ended with an error", told.exc_value)
+
+    def note_unraisable(told: sys.UnraisableHookArgs) -> None:
+        _note_uncaught(told.err_msg or "an error that could not be raised", told.exc_value)
+
+    def note_in_loop(hub: Any, context: Any, kind: Any, error: Any, trace: Any) -> None:
+        # By its name: as it shows itself, it shows what it was called with.
+        _note_uncaught(f"{getattr(context, 'name', None) or type(context).__name__} ended with an error", error)
+
+    sys.excepthook, threading.excepthook, sys.unraisablehook = note_at_end, note_in_thread, note_unraisable
+    if "gevent.hub" in sys.modules:
+        sys.modules["gevent.hub"].Hub.print_exception = note_in_loop
+
+
+def _note_uncaught(message: str, error: BaseException | None) -> None:
+    note = functools.partial(_uncaught.error, "%s", message, exc_info=error)
+    gevent: Any = sys.modules.get("gevent")
+    if gevent is not None and isinstance(gevent.getcurrent(), gevent.hub.Hub):
+        gevent.spawn(note)  # in the loop itself nothing may wait, as for the lock of a handler
+    else:
+        note()
 
 
 def settle() -> None:
@@ -292,9 +337,20 @@ def _carried(value: Any) -> Any:
         return _without_passwords(value)
     try:
         # There and back: NaN, keys that are no texts, circles and what str cannot show are found here.
-        return json.loads(_without_passwords(json.dumps(value, default=_text_of, allow_nan=False)))
+        return _shown(json.loads(json.dumps(value, default=_text_of, allow_nan=False)))
     except Exception:
         return _without_passwords(_text_of(value))
+
+
+def _shown(value: Any) -> Any:
+    """What came out of JSON, without passwords."""
+    if isinstance(value, str):
+        return _without_passwords(value)
+    if isinstance(value, list):
+        return [_shown(each) for each in value]
+    if isinstance(value, dict):
+        return {_without_passwords(key): _shown(each) for key, each in value.items()}
+    return value
 
 
 def _text_of(value: Any) -> str:
@@ -305,4 +361,6 @@ def _text_of(value: Any) -> str:
 
 
 def _without_passwords(text: str) -> str:
+    if "password" in text:
+        text = _PASSWORD_PAIR.sub(r"\1***", text)
     return _PASSWORD.sub(r"\1:***@", text) if "://" in text else text

@@ -12,6 +12,7 @@ import _socket
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -250,6 +251,11 @@ def raw_connection(given: Any) -> Connection:
         connection = alchemy.driver_connection(given) or djangodb.driver_connection(given)
     if not isinstance(connection, extensions.connection):
         raise OptionError(f"connection is a {type(given).__module__}.{type(given).__qualname__}; {alchemy.ALLOWED}")
+    if connection.async_:
+        raise OptionError(
+            "connection is a psycopg2 connection made with async_=True, on which only its owner can wait for an "
+            "answer; give one without, or enqueue with independent=True"
+        )
     return connection
 
 
@@ -307,15 +313,37 @@ def _prepare(connection: PlanningConnection, session: Mapping[str, str] | None) 
             cursor.execute(_SET, {"settings": json.dumps(session)})
 
 
+def parameters_of(database_url: str) -> dict[str, Any]:
+    """What libpq reads from a URL or a keyword string. Raises DatabaseUnavailable where that makes no sense."""
+    given: dict[str, Any] | None = None
+    with contextlib.suppress(psycopg2.ProgrammingError):
+        given = extensions.parse_dsn(database_url)
+    if given is not None and not _is_misread(database_url, given):
+        return given
+    # Without libpq's own error, not even as the cause: it quotes what it could not read, which may be a password.
+    raise DatabaseUnavailable(
+        f"the database URL {redact(database_url)} cannot be read by libpq: it does not know an option, or a name or a "
+        f"password has what means something in a URL, where @ is written %40, / is %2F, : is %3A, ? is %3F, % is %25"
+    )
+
+
+def _is_misread(database_url: str, given: Mapping[str, Any]) -> bool:
+    """Whether it is a URL with an @ or a / in its password, so that libpq takes some of that for a host, or a port."""
+    if "://" not in database_url:
+        return False
+    hosts = str(given.get("host", "")).split(",")
+    return (
+        any("@" in host[1:] for host in hosts)  # an abstract socket may begin with one
+        or re.fullmatch(r"[\d,]*", str(given.get("port", ""))) is None
+        or ("user" not in given and "@" in str(given.get("dbname", "")))
+    )
+
+
 def _libpq_dsn(database_url: str, application_name: str, timeout_seconds: float, answer_seconds: float | None) -> str:
     """The URL as libpq takes it, with our defaults for what it leaves open."""
     if embedded.is_embedded_url(database_url):
         database_url = embedded.start(database_url, project_folder=config.project_folder())
-    try:
-        given: dict[str, Any] = extensions.parse_dsn(database_url)
-    except psycopg2.ProgrammingError as error:
-        # libpq's message quotes what it could not read, which may be a password: it stays out of ours.
-        raise DatabaseUnavailable(f"the database URL {redact(database_url)} cannot be read by libpq") from error
+    given = parameters_of(database_url)
     defaults = {
         **_KEEPALIVES,
         "application_name": application_name,
@@ -377,7 +405,8 @@ def _is_clean(connection: Connection) -> bool:
 
 def _is_usable(connection: Connection) -> bool:
     """Whether the server still holds its end. Nothing was sent yet, so opening another connection is always safe."""
-    if connection.closed:
+    # One in a transaction has been used after it was given back: what was begun then is nobody else's to commit.
+    if not _is_clean(connection):
         return False
     # A quiet socket is a healthy one: the end of the stream, or a farewell message, would be readable. The C class
     # under socket.socket, which gevent does not replace, looks in 5 µs: cheap enough to do it every time.

@@ -56,6 +56,9 @@ _END_SECONDS = 5.0
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
 
+# An order that so many processes died of, each before it had begun, goes to no other.
+_MOST_GIVEN_OUT = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -84,6 +87,7 @@ class Processes(Annex):
         self._idle: list[_Child] = []
         self._awaiting: deque[_ProcessCall] = deque()
         self._failed_starts = 0
+        self._is_pausing = False
         self._is_closed = False
         self.metrics_numbers: set[int] = set()
 
@@ -128,8 +132,23 @@ class Processes(Annex):
     def _provide(self) -> None:
         """Start a process unless one is free, or on its way."""
         is_enough = any(child.call is None and not child.is_leaving for child in self._children)
-        if not (self._is_closed or is_enough or len(self._children) >= self.size):
+        if self._is_closed or self._is_pausing or is_enough or len(self._children) >= self.size:
+            return
+        try:
             self._children.append(_Child(self._origin, self))
+        except OSError as error:
+            self._provide_later(f"no process for jobs can be made: {error}")
+
+    def _provide_later(self, why: str, **keys: Any) -> None:
+        pause = min(_FIRST_PAUSE_SECONDS * 2.0 ** min(self._failed_starts, 10), _LONGEST_PAUSE_SECONDS)
+        self._failed_starts += 1
+        self._is_pausing = True
+        gevent.spawn_later(pause, self._provide_now)
+        logger.error("%s; jobs for it wait; trying again in %.0f s", why, pause, extra=keys)
+
+    def _provide_now(self) -> None:
+        self._is_pausing = False
+        self._provide()
 
     def _distribute(self) -> None:
         while self._awaiting and (self._awaiting[0].is_over or self._idle):
@@ -173,8 +192,9 @@ class Processes(Annex):
             self._idle.remove(child)
         call = child.call
         is_in_job = call is not None and (call.has_begun or call.attempt.interrupted_by is not None)
-        if call is not None and is_in_job:
-            call.fail(JobProcessDied(f"its process {child.pid} {_described(status)}", status=status))
+        if call is not None and (is_in_job or call.given_out >= _MOST_GIVEN_OUT):
+            when = "" if is_in_job else f" before it began, as {call.given_out - 1} others had"
+            call.fail(JobProcessDied(f"its process {child.pid} {_described(status)}{when}", status=status))
         elif call is not None:  # it died before the job came, which is for another one, then
             call.child = None
             self._awaiting.appendleft(call)
@@ -189,14 +209,7 @@ class Processes(Annex):
                 )
             self._distribute()
             return
-        pause = min(_FIRST_PAUSE_SECONDS * 2.0 ** min(self._failed_starts, 10), _LONGEST_PAUSE_SECONDS)
-        self._failed_starts += 1
-        logger.error(
-            "job process %s %s and did not come up; jobs for it wait; trying again in %.0f s",
-            *(child.pid, _described(status), pause),
-            extra={"pid": child.pid},
-        )
-        gevent.spawn_later(pause, self._provide)
+        self._provide_later(f"job process {child.pid} {_described(status)} and did not come up", pid=child.pid)
 
 
 class _ProcessCall(ElsewhereCall):
@@ -204,6 +217,8 @@ class _ProcessCall(ElsewhereCall):
         super().__init__()
         self.attempt = attempt
         self.child: _Child | None = None
+        self.given_out = 0
+        """To how many processes it was given."""
         self.has_begun = False
 
     def interrupt(self, error: BaseException) -> None:
@@ -269,8 +284,8 @@ class _Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._sending = BoundedSemaphore()
         self._asked: AsyncResult[tuple[int | None, list[str]]] | None = None
-        self._metrics = JobProcessMetrics(processes.metrics_numbers)
         self._line, self._theirs = socket.socketpair()
+        self._metrics = JobProcessMetrics(processes.metrics_numbers)
         self.greenlet = gevent.spawn(self._live, origin)
 
     # --- say ----------------------------------------------------------------------------------------------------------
@@ -278,6 +293,7 @@ class _Child:
     def run(self, call: _ProcessCall, origin: Origin) -> None:
         """Have this call made there; returns at once."""
         self.call, call.child = call, self
+        call.given_out += 1
         attempt = call.attempt
         order = {
             "do": "run",

@@ -11,13 +11,12 @@ import difflib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from psycopg2 import errors
-
 from greenjobs import config, inspection, storage
 from greenjobs.current import lender
-from greenjobs.errors import OptionError, SchemaError, UnknownQueue
+from greenjobs.errors import OptionError, UnknownQueue
 from greenjobs.inspection import Queue, QueueServer
 from greenjobs.job import check_queue_name
+from greenjobs.refusals import explained
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -45,7 +44,7 @@ def pause(*names: str, force: bool = False) -> list[str]:
     What runs goes on, and jobs can be enqueued. It holds for runners that start later, too. Committed when this
     returns; runners follow within a second. Raises OptionError for what cannot be the name of a queue; UnknownQueue,
     and nothing is changed, for one that has no jobs and that no live runner serves, unless `force` is given;
-    DatabaseUnavailable; SchemaError.
+    DatabaseUnavailable; SchemaError; AccessDenied.
     """
     names = _checked(names)
     with _connection() as connection:
@@ -109,11 +108,5 @@ def _require_known(connection: Connection, names: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _connection() -> Iterator[Connection]:
     """A transaction in which statements may take their time."""
-    with lender(config.current()).connection() as connection, storage.patiently(connection):
-        try:
-            yield connection
-        except errors.UndefinedTable as error:
-            raise SchemaError(
-                "the table of queues is not in this database, or not in a schema of its search_path; "
-                "type `greenjobs migrate`"
-            ) from error
+    with explained(), lender(config.current()).connection() as connection, storage.patiently(connection):
+        yield connection

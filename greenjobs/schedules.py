@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from psycopg2 import errors
-
 from greenjobs import config, inspection, pool, storage
 from greenjobs.cron import Timetable
 from greenjobs.current import lender
-from greenjobs.errors import ConfigError, OptionError, PayloadError, SchemaError, UnknownJob, UnknownSchedule
+from greenjobs.errors import ConfigError, OptionError, PayloadError, UnknownJob, UnknownSchedule
 from greenjobs.inspection import Schedule
 from greenjobs.job import Job, find_job
+from greenjobs.refusals import explained
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -91,7 +90,7 @@ def add(
     `connection`, a psycopg2 connection or cursor, the schedule is made in its transaction: there when that commits.
 
     Raises OptionError for what cannot be, and when a declared schedule has the name; TypeError and PayloadError as
-    `.delay`; DatabaseUnavailable; SchemaError.
+    `.delay`; DatabaseUnavailable; SchemaError; AccessDenied.
     """
     if not isinstance(job, Job):
         raise OptionError(f"add takes a job, a function decorated with @job, not {job!r}")
@@ -233,14 +232,9 @@ def _find(connection: Connection, name: str) -> Schedule:
 def _connection(given: Any = None) -> Iterator[Connection]:
     """The connection that a caller gave, to be committed there, or one that commits each statement."""
     own = lender(config.current()).connection() if given is None else contextlib.nullcontext(pool.raw_connection(given))
-    with own as connection:
+    with explained(), own as connection:
         try:
             yield connection
-        except errors.UndefinedTable as error:
-            raise SchemaError(
-                "the table of schedules is not in this database, or not in a schema of its search_path; "
-                "type `greenjobs migrate`"
-            ) from error
         except BaseException:
             pool.forget_if_broken(given)
             raise

@@ -21,7 +21,7 @@ import gevent
 from gevent.hub import Waiter
 from gevent.monkey import get_original
 
-from greenjobs import green
+from greenjobs import green, programs
 from greenjobs.annex import Annex, Surroundings
 from greenjobs.elsewhere import ElsewhereCall
 from greenjobs.surroundings import call_within
@@ -144,6 +144,7 @@ class _ThreadCall(ElsewhereCall):
             except BaseException as error:
                 self.error = error
         self.error = self.error and _original(self.error)
+        self.thread.finish()
         self._loop.run_callback_threadsafe(self._on_end, self)
 
     def _run(self) -> None:
@@ -189,6 +190,7 @@ class _Thread:
 
     def __init__(self) -> None:
         self.ident = 0
+        self._runners_loop = gevent.get_hub().loop
         self._mail: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._bell: Any = None
         self._call: _ThreadCall | None = None
@@ -205,6 +207,10 @@ class _Thread:
         self._call = call
         gevent.Greenlet(call.run).start()
 
+    def finish(self) -> None:
+        """The call has ended: keep nothing of it alive until the next one comes. In the thread."""
+        self._call = None
+
     def stop(self) -> None:
         """End when nothing runs in it. From any thread; returns at once."""
         self.tell(lambda: self._end.switch(None))
@@ -213,6 +219,7 @@ class _Thread:
         self.ident = _get_ident()
         hub = gevent.get_hub()
         hub.handle_error = functools.partial(self._note_error, hub.handle_error)  # type: ignore[method-assign]
+        programs.watch_by(self._runners_loop, hub)
         self._end: Waiter[None] = Waiter(hub)
         bell = hub.loop.async_()
         bell.start(self._read_mail)
@@ -232,10 +239,10 @@ class _Thread:
 
     def _note_error(self, note: Callable[..., None], context: Any, kind: Any, error: Any, trace: Any) -> None:
         """Something raised where nobody catches it. It may be what is for the job, which had just begun to wait."""
-        if self._call is not None and _stands_for_another(error):
-            gevent.get_hub().loop.run_callback(self._call.throw_stray, error)
-        else:
+        if not _stands_for_another(error):
             note(context, kind, error, trace)
+        elif self._call is not None:
+            gevent.get_hub().loop.run_callback(self._call.throw_stray, error)
         if self._bell is not None:  # for what may not have been read
             self._bell.send()
 

@@ -16,14 +16,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import psycopg2
-from psycopg2 import errors
 from psycopg2.extensions import TRANSACTION_STATUS_INTRANS
 
 from greenjobs import config, current, history, storage
 from greenjobs.current import lender
-from greenjobs.errors import DatabaseUnavailable, JobNotCommitted, JobNotEnded, SchemaError
+from greenjobs.errors import DatabaseUnavailable, JobNotCommitted, JobNotEnded
 from greenjobs.history import Look, Status
 from greenjobs.pool import bounded, connect
+from greenjobs.refusals import explained
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -55,7 +55,7 @@ Inside = Callable[[], "Connection | None"]
 def look(id: int, inside: Inside | None = None) -> Look:
     """How a job is doing, on a connection of the pool; one that only the transaction sees that enqueued it, there.
 
-    Raises DatabaseUnavailable, and SchemaError where the tables are missing.
+    Raises DatabaseUnavailable; SchemaError where the tables are missing; AccessDenied.
     """
     seen = _look_outside(id)
     if seen.status == "gone" and inside is not None:
@@ -67,7 +67,7 @@ def wait(id: int, *, timeout: float | None, inside: Inside | None = None) -> Loo
     """Block until a job has ended, `timeout` seconds at most.
 
     Raises JobNotEnded after that; JobNotCommitted where it could not end, for the transaction that enqueued it is still
-    open; DatabaseUnavailable when the database does not answer at first. Later it may be away for a while.
+    open; AccessDenied; DatabaseUnavailable when the database does not answer at first. Later it may be away a while.
     """
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     seen = _look_outside(id)
@@ -85,7 +85,8 @@ def wait(id: int, *, timeout: float | None, inside: Inside | None = None) -> Loo
             status=seen.status,
         )
     if not seen.has_ended and deadline > time.monotonic():
-        seen = _watch(id, seen, deadline)
+        with explained():
+            seen = _watch(id, seen, deadline)
     if not seen.has_ended:
         raise JobNotEnded(
             f"job {id} ({seen.job_type}) has not ended within {timeout:g} s; it is {seen.status}",
@@ -170,14 +171,8 @@ def _look_now_and_then(id: int, seen: Look, deadline: float) -> Look:
 
 def _look_outside(id: int) -> Look:
     settings = config.current()
-    try:
-        with lender(settings).connection() as connection, bounded(settings.enqueue_timeout):
-            return history.look(connection, id)
-    except errors.UndefinedTable as error:
-        raise SchemaError(
-            "the tables of greenjobs are not in this database, older than this release, or not in a schema of its "
-            "search_path; type `greenjobs migrate`"
-        ) from error
+    with explained(), lender(settings).connection() as connection, bounded(settings.enqueue_timeout):
+        return history.look(connection, id)
 
 
 def _look_inside(id: int, inside: Inside) -> Look | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -39,6 +40,7 @@ if "greenjobs.job_process" in sys.modules:  # not around the jobs of other tests
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(recorded))
     GreenjobsInstrumentor().instrument(tracer_provider=provider)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(13))
 
 
 class PartnerDown(Exception):
@@ -116,6 +118,29 @@ def speak(then: str) -> None:
         raise PartnerDown("partner", since=7)
 
 
+@job(executor="process", max_retries=0, keep="1 hour", keep_result=True)
+def fork(then: str) -> list[Any]:
+    """What the job is, and the status of the child that it forks, which leaves the function in some way."""
+    child = os.fork()
+    if child == 0:
+        if then == "raise":
+            raise PartnerDown("nobody", since=1)
+        if then == "exit":
+            sys.exit(3)
+        return ["child", 0]
+    _, status = os.waitpid(child, 0)
+    return ["parent", os.waitstatus_to_exitcode(status)]
+
+
+@job(executor="process", max_retries=0, keep="1 hour", keep_result=True)
+def terminate_a_child() -> int | None:
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()
+    child.terminate()
+    child.join()
+    return child.exitcode
+
+
 @job(executor="process", max_retries=0)
 def fail_with_a_number() -> None:
     raise KeyError(404)
@@ -183,7 +208,9 @@ def ignore() -> None:
 
 @job(executor="process")
 def sleep(folder: str) -> None:
-    Path(folder, "begun").write_text(str(os.getpid()))
+    beginning = Path(folder, "beginning")
+    beginning.write_text(str(os.getpid()))
+    beginning.rename(Path(folder, "begun"))  # so that nobody reads half of it
     time.sleep(60)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -32,6 +34,9 @@ PATIENCE_SECONDS = 60.0
 
 # Where the commands of this environment are, such as greenjobs and flask.
 BIN = Path(sys.executable).parent
+
+# Below those that Linux and macOS choose themselves, for who asks for any port and for who connects somewhere.
+_PORTS = range(20_000, 32_000)
 
 # What the person who runs the tests may have set, and the process under test must not see.
 _SETTINGS = re.compile(r"GREENJOBS_.*|DATABASE_URL|FLASK_.*|PG[A-Z]+|PYTEST_.*|PYTHONPATH")
@@ -170,14 +175,30 @@ def make_environment(database_url: str | None = None, more: dict[str, str] | Non
 
 
 def write_application(folder: Path, code: str, *, name: str = "app.py") -> Path:
-    """Write the code, which may be indented, to a file that `greenjobs run` finds in the folder."""
+    """Write the code, which may be indented, to a file that `greenjobs run` finds in the folder.
+
+    It is there all at once: a process that loads it meanwhile sees what was there before, and who watches the folder
+    sees one change.
+    """
     file = folder / name
-    file.write_text(textwrap.dedent(code), encoding="utf-8")
-    return file
+    beside = folder.parent / f".{uuid.uuid4().hex}"
+    beside.write_text(textwrap.dedent(code), encoding="utf-8")
+    return beside.replace(file)
 
 
 def free_port() -> int:
-    """A TCP port of this machine on which nobody listens, at this moment."""
-    with socket.socket() as candidate:
-        candidate.bind(("127.0.0.1", 0))
-        return int(candidate.getsockname()[1])
+    """A TCP port of this machine on which nobody listens, and which no other run of tests gets while this one lives.
+
+    The system gives it to nobody either, as it might one of its own choice before somebody listens there.
+    """
+    while True:
+        port = random.choice(_PORTS)
+        # By the port of UDP with this number the runs of tests on this machine tell each other that it is taken.
+        reservation = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with contextlib.suppress(OSError), socket.socket() as candidate:
+            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            candidate.bind(("127.0.0.1", port))
+            reservation.bind(("127.0.0.1", port))
+            reservation.detach()  # it stays until this process ends
+            return port
+        reservation.close()

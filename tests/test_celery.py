@@ -4,7 +4,9 @@ becomes of tasks: their options, errors and retries.
 
 from __future__ import annotations
 
+import builtins
 import re
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -342,6 +344,28 @@ def test_option_of_a_task_that_cannot_be_is_refused(quiet: Celery, options: dict
         def work() -> None: ...
 
 
+@pytest.mark.parametrize("args", ["Ann", {"to": "Ann"}, 5])
+def test_arguments_that_are_no_list_are_refused(app: Celery, database: running.Database, args: Any) -> None:
+    """A text is not taken to pieces, where somebody forgot the comma of a tuple."""
+
+    @app.task
+    def mail(*to: str) -> None: ...
+
+    for enqueue in (mail.apply_async, mail.apply, mail.signature, mail.s().apply_async):
+        with pytest.raises(TypeError, match=r"mail: args is .*; allowed: a list or a tuple"):
+            enqueue(args)
+    assert database.count() == 0
+
+
+def test_queue_named_celery_is_the_default_one(app: Celery, database: running.Database) -> None:
+    @app.task(queue="mail")
+    def mail() -> None: ...
+
+    assert [row(database, mail.apply_async(queue=queue).id)[0] for queue in (None, "celery")] == ["mail", "default"]
+    app.conf.task_default_queue = "mine"
+    assert row(database, mail.apply_async(queue="celery").id)[0] == "celery"
+
+
 def test_argument_that_json_has_not_is_refused_with_its_path(app: Celery, database: running.Database) -> None:
     @app.task
     def work(what: Any) -> None: ...
@@ -394,6 +418,31 @@ def test_error_is_final_unless_the_task_asks_for_a_retry(app: Celery) -> None:
     with pytest.raises(ValueError, match="nonsense"):
         result.get(timeout=30)
     assert isinstance(result.get(timeout=30, propagate=False), ValueError)
+
+
+def test_builtin_error_is_raised_as_it_was(app: Celery) -> None:
+    @app.task
+    def look_up(key: str) -> None:
+        raise KeyError(key)
+
+    result = look_up.delay("it's\n\u00fc")
+    run(look_up)
+    with pytest.raises(KeyError) as raised:
+        result.get(timeout=30)
+    assert raised.value.args == ("it's\n\u00fc",)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="has no groups of errors")
+def test_builtin_error_that_is_made_of_more_than_a_text_is_raised_as_failed_job(app: Celery) -> None:
+    @app.task
+    def fail() -> None:
+        raise vars(builtins)["ExceptionGroup"]("two", [ValueError(1), ValueError(2)])
+
+    result = fail.delay()
+    run(fail)
+    with pytest.raises(JobFailed, match="ExceptionGroup: two"):
+        result.get(timeout=30)
+    assert isinstance(result.result, JobFailed)
 
 
 def test_error_of_ones_own_is_raised_as_failed_job(app: Celery) -> None:
@@ -497,13 +546,16 @@ def test_max_retries_of_none_is_no_limit(app: Celery) -> None:
 
 
 def test_retry_waits_as_long_as_it_says(app: Celery, database: running.Database) -> None:
+    etas: list[datetime] = []
+
     @app.task(bind=True, default_retry_delay=50)
     def work(self: Any, how: str) -> None:
         if how == "default":
             self.retry()
         if how == "countdown":
             self.retry(countdown=500)
-        self.retry(eta=datetime.now(timezone.utc).replace(tzinfo=None) + timedelta(seconds=5000))
+        etas.append(datetime.now(timezone.utc) + timedelta(seconds=5000))
+        self.retry(eta=etas[0].replace(tzinfo=None))
 
     results = [work.delay(how) for how in ("default", "countdown", "eta")]
     run(work)
@@ -512,9 +564,12 @@ def test_retry_waits_as_long_as_it_says(app: Celery, database: running.Database)
             "SELECT round(extract(epoch FROM run_at - last_retry) / 10)::int FROM background_jobs WHERE id = %s",
             int(result.id),
         )
-        for result in results
+        for result in results[:2]
     ]
-    assert waits == [5, 50, 500]
+    assert waits == [5, 50]
+    run_at = database.value("SELECT run_at FROM background_jobs WHERE id = %s", int(results[2].id))
+    # It is counted from when the outcome is written.
+    assert timedelta(seconds=-1) < run_at - etas[0] < timedelta(seconds=running.PATIENCE_SECONDS)
     assert {result.state for result in results} == {"RETRY"}
 
 
@@ -539,6 +594,48 @@ def test_retry_with_other_arguments_is_refused(app: Celery) -> None:
     result = work.delay(1)
     run(work)
     with pytest.raises(JobFailed, match="Unsupported: .*retried as it is"):
+        result.get(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("call", "again"),
+    [
+        (((1,), {"to": "Ann"}), {"args": [1], "kwargs": {"to": "Ann"}}),
+        (((1, "Ann"), {}), {"args": [1, "Ann"]}),
+        (((), {"number": 1, "to": "Ann"}), {"args": (1, "Ann"), "kwargs": {}}),
+        (((1,), {"to": "Ann"}), {"kwargs": {"to": "Ann"}}),
+        (((1,), {}), {"args": [1, "all"]}),
+    ],
+    ids=["as it was", "by position", "otherwise", "by name alone", "a default"],
+)
+def test_retry_may_repeat_the_arguments_of_the_call(app: Celery, call: Any, again: dict[str, Any]) -> None:
+    """As many tasks of old do, for Celery once needed them."""
+
+    @app.task(bind=True)
+    def mail(self: Any, number: int, to: str = "all") -> list[Any]:
+        if not self.request.retries:
+            raise self.retry(countdown=0, **again)
+        return [number, to, self.request.retries]
+
+    result = mail.apply_async(*call)
+    run(mail)
+    assert result.get(timeout=30) == [1, "Ann" if "Ann" in str(call) else "all", 1]
+
+
+@pytest.mark.parametrize(
+    "again",
+    [{"args": [2]}, {"args": [1], "kwargs": {}}, {"kwargs": {"to": "Bob"}}, {"args": [1, 2, 3]}, {"queue": "slow"}],
+)
+def test_retry_of_another_call_is_refused_and_keeps_its_error(app: Celery, again: dict[str, Any]) -> None:
+    @app.task(bind=True)
+    def mail(self: Any, number: int, to: str = "all") -> None:
+        raise self.retry(exc=ConnectionError("no answer"), **again)
+
+    result = mail.delay(1, to="Ann")
+    run(mail)
+    assert result.state == "FAILURE"
+    assert "no answer" in str(result.traceback)
+    with pytest.raises(JobFailed, match=r"Unsupported: .*mail: retry\((args|kwargs|queue)=…\) is not in greenjobs"):
         result.get(timeout=30)
 
 
@@ -711,6 +808,19 @@ def test_request_and_current_task_are_about_this_attempt(app: Celery) -> None:
         "name": work.name,
     }
     assert not celery.current_task
+
+
+def test_headers_are_attributes_of_the_request(app: Celery) -> None:
+    @app.task(bind=True)
+    def look(self: Any) -> list[Any]:
+        request = self.request
+        return [request.tenant, request.get("tenant"), request.get("other", "none"), request.timelimit]
+
+    result = look.apply_async(headers={"tenant": "ann"})
+    run(look)
+    assert result.get(timeout=30) == ["ann", "ann", "none", None]
+    with pytest.raises(AttributeError, match="no 'tenant'"):
+        look.request.tenant  # noqa: B018
 
 
 def test_super_call_in_a_class_of_the_application_is_part_of_the_attempt(app: Celery) -> None:

@@ -8,12 +8,14 @@ from datetime import datetime, timezone
 from typing import Any
 
 import celeries
+import processes
 import pytest
 import running
 from celeries import row, run
 from gevent.event import Event
 
-from greenjobs import jobs
+import greenjobs
+from greenjobs import jobs, testing
 from greenjobs.contrib.celery import Celery, chain, chord, group, signature
 from greenjobs.contrib.celery.exceptions import (
     TaskRevokedError,
@@ -162,6 +164,41 @@ def test_id_that_is_none_is_refused(app: Celery) -> None:
         AsyncResult("7f0c-11")
     assert app.AsyncResult(5).id == "5"
     assert AsyncResult("4711").state == "PENDING"
+
+
+def test_result_says_when_the_task_ended(app: Celery) -> None:
+    @app.task
+    def divide(by: int) -> float:
+        return 1 / by
+
+    before = datetime.now(timezone.utc)
+    ended = [divide.delay(1), divide.delay(0)]
+    waits = divide.apply_async((1,), countdown=3600)
+    run(divide)
+    for result in ended:
+        assert before < result.date_done <= datetime.now(timezone.utc)
+    assert waits.date_done is None and divide.apply((1,)).date_done is None
+
+
+@pytest.mark.parametrize(
+    ("look", "message"),
+    [
+        (lambda app, task: task.delay().children, "AsyncResult.children is not in greenjobs; .*parent"),
+        (lambda app, task: task.delay().then(print), "AsyncResult.then is not in greenjobs; use link"),
+        (lambda app, task: app.connection(), "Celery.connection is not in greenjobs; .*greenjobs.connection"),
+        (lambda app, task: app.steps["worker"].add(), "Celery.steps is not in greenjobs; .*bootsteps"),
+        (lambda app, task: task.push_request(), "look.push_request is not in greenjobs; in tests, use task.apply"),
+    ],
+)
+def test_attribute_that_is_only_celerys_says_what_to_write(app: Celery, look: Any, message: str) -> None:
+    @app.task(name="look")
+    def look_at() -> None: ...
+
+    with pytest.raises(Unsupported, match=message.replace("look.push", "look_at.push")):
+        look(app, look_at)
+    assert not hasattr(look_at.delay(), "children") and getattr(app, "backend", None) is None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        app.nonsense  # noqa: B018
 
 
 @pytest.mark.parametrize("where", ["settings", "task"])
@@ -344,4 +381,68 @@ def test_task_always_eager_runs_what_is_enqueued_here(app: Celery, database: run
     assert group(add.s(1, 2), times.s(2, 2)).delay().get() == [3, 4]
     with pytest.raises(PayloadError):
         add.delay(object(), 2)  # type: ignore[arg-type]
+    assert database.count() == 0
+
+
+@pytest.mark.parametrize(
+    "enqueue",
+    [
+        lambda task: task.apply_async(task_id="one"),
+        lambda task: task.apply_async(priority=100_000),
+        lambda task: task.apply_async(headers={"number": 5}),
+        lambda task: task.apply_async(link=task.s(when=datetime.now(timezone.utc))),
+        lambda task: chain(task.s(), task.s(when=datetime.now(timezone.utc))).delay(),
+    ],
+    ids=["task_id", "priority", "headers", "link", "chain"],
+)
+def test_task_always_eager_refuses_what_could_not_be_enqueued(quiet: Celery, enqueue: Callable[[Any], Any]) -> None:
+    """So that tests find out."""
+    quiet.conf.task_always_eager = True
+    seen = []
+
+    @quiet.task
+    def look(*results: Any, when: datetime | None = None) -> None:
+        seen.append(when)
+
+    with pytest.raises((Unsupported, OptionError, PayloadError)):
+        enqueue(look)
+    assert seen == []
+
+
+# --- in tests of an application ---------------------------------------------------------------------------------------
+
+
+def test_what_follows_a_task_runs_inline_in_a_test_without_a_database(quiet: Celery) -> None:
+    greenjobs.configure(database_url=f"postgresql://nobody@127.0.0.1:{processes.free_port()}/none")
+
+    @quiet.task
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    @quiet.task(bind=True)
+    def fail(self: Any, value: int) -> None:
+        raise self.retry(exc=ValueError(value))
+
+    with testing.inline() as mode:
+        result = chain(add.s(1, 2), add.s(10), add.si(5, 5)).delay()
+        assert (result.get(), result.parent.get(), result.parent.parent.get()) == (10, 13, 3)
+        add.apply_async((1, 2), link=add.s(20))
+        broken = chain(add.s(1, 1), fail.s(), add.s(1)).delay()
+        with pytest.raises(PayloadError):
+            add.apply_async((1, 2), link=add.s(datetime.now(timezone.utc)))
+    ran = [(each.job_type, each.value) for each in mode.ran]
+    values = [("add", value) for value in (3, 13, 10, 3, 23, 2)]
+    assert ran == [(f"{add.__module__}.{name}", value) for name, value in (*values, ("fail", None))]
+    assert broken.state == "PENDING"
+
+
+def test_what_follows_a_task_is_drained_in_a_test(app: Celery, database: running.Database) -> None:
+    @app.task
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    with testing.rolled_back():
+        result = chain(add.s(1, 2), add.s(10)).delay()
+        testing.drain()
+        assert result.get(timeout=0) == 13
     assert database.count() == 0

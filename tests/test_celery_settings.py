@@ -117,6 +117,18 @@ def test_modules_of_the_settings_are_imported_when_a_task_is_looked_for(
         monkeypatch.delitem(sys.modules, f"{name}.tasks")
 
 
+def test_module_of_tasks_that_cannot_be_imported_is_tried_again(
+    quiet: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not forgotten, as if it had no tasks."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "halfway.py").write_text("import nowhere_to_be_found")
+    quiet.conf.imports = ["halfway"]
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
+            quiet.send_task("halfway.work")
+
+
 def test_settings_have_their_names_of_old_and_with_a_prefix(quiet: Celery) -> None:
     quiet.conf.update(
         {"CELERY_TASK_RESULT_EXPIRES": 60, "CELERY_ALWAYS_EAGER": True, "CELERYD_TASK_TIME_LIMIT": 5, "DEBUG": True}
@@ -235,6 +247,9 @@ def test_job_is_part_of_the_transaction_that_is_named(app: Celery, database: run
         (crontab(hour=7, minute=30, day_of_week="mon, friday"), "30 7 * * MON,FRI"),
         (crontab(0, 0, day_of_month={1, 15}, month_of_year="jan-march"), "0 0 1,15 JAN-MAR *"),
         (crontab.from_string("5 4 * * *"), "5 4 * * *"),
+        (crontab(hour="22-2,7", day_of_week="fri-mon"), "* 22,23,0,1,2,7 * * 5,6,0,1"),
+        (crontab(minute="50-9/5", month_of_year="nov-jan/2"), "50,55,0,5 * * 11,1 *"),
+        (crontab(minute="5-5/10"), "5 * * * *"),
         (schedule(1), "*/1 * * * * *"),
         (schedule(timedelta(seconds=30)), "*/30 * * * * *"),
         (schedule(60.0), "* * * * *"),

@@ -286,7 +286,7 @@ def test_jobs_that_a_factory_declares_are_found_and_get_what_it_made(
 
 
 def test_missing_application_is_refused(invoke: Invoke, database: running.Database) -> None:
-    assert "no app.py or wsgi.py" in _refused(invoke("run", database_url=database.url))
+    assert "no wsgi.py or app.py" in _refused(invoke("run", database_url=database.url))
 
 
 def test_missing_module_is_refused(invoke: Invoke, database: running.Database) -> None:

@@ -14,12 +14,13 @@ import poolers
 import pytest
 import running
 from doctors import finding, findings
+from faults.server import new_server, workshop
 from gevent.event import Event
 from psycopg2 import errors
 from waiting import eventually
 
 import greenjobs
-from greenjobs import config, embedded, grants, job
+from greenjobs import config, grants, job
 from greenjobs.doctor import Limits, examine
 from greenjobs.runner import Runner
 
@@ -254,11 +255,14 @@ def test_role_that_may_not_see_the_age_of_a_transaction_is_told_by_transactions(
 
 @pytest.fixture(scope="module")
 def busy_server() -> Iterator[str]:
-    """A server that is reached by TCP, and lets transactions be prepared."""
-    settings = {"listen_addresses": "127.0.0.1", "max_prepared_transactions": "2"}
-    with embedded.temporary(settings) as url, databases.administration(url) as cursor:
-        cursor.execute("ALTER ROLE CURRENT_USER PASSWORD 'hunter2'")
-        yield url
+    """A server that is reached by TCP, at a port of its own, and lets transactions be prepared."""
+    with workshop() as folder:
+        server = new_server(folder / "server", listen_addresses="127.0.0.1", max_prepared_transactions="2")
+        try:
+            server.start()
+            yield server.url
+        finally:
+            server.end()
 
 
 def test_prepared_transaction_that_was_forgotten_is_told(busy_server: str) -> None:
@@ -377,10 +381,7 @@ def test_direct_way_that_leads_nowhere_is_a_failure(database: running.Database) 
 def test_keepalives_are_looked_at_where_a_network_is_between(busy_server: str) -> None:
     from psycopg2 import extensions
 
-    with databases.administration(busy_server) as cursor:
-        port = cursor.connection.info.port
-        password = {"password": "hunter2", "user": cursor.connection.info.user}
-    url = str(extensions.make_dsn(busy_server, host="127.0.0.1", port=port, **password))
+    url = str(extensions.make_dsn(busy_server, host="127.0.0.1"))
     assert finding("keepalives", url=url).message == "the server asks for a sign of life after 10 s of silence"
 
 

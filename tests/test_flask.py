@@ -16,6 +16,7 @@ import databases
 import flask
 import gevent
 import processes
+import psycopg2
 import pytest
 import running
 import shops
@@ -26,7 +27,7 @@ from shops import Order, db, make_shop
 import greenjobs
 from greenjobs import config, current_job, job
 from greenjobs.contrib.flask import GreenJobs
-from greenjobs.errors import ConfigError
+from greenjobs.errors import ConfigError, DatabaseUnavailable
 from greenjobs.runner import Runner
 
 
@@ -56,6 +57,8 @@ def bare(**settings: Any) -> flask.Flask:
         {"SQLALCHEMY_ENGINES": {"default": "postgresql+psycopg2://u@h/shop"}},
         {"SQLALCHEMY_ENGINES": {"default": {"url": sa.make_url("postgresql+psycopg2://u@h/shop")}}},
         {"SQLALCHEMY_BINDS": {None: {"url": "postgresql://u@h/shop"}}},
+        {"SQLALCHEMY_DATABASE_URI": "postgresql+asyncpg://u@h/shop"},
+        {"SQLALCHEMY_DATABASE_URI": "postgresql+pg8000://u@h/shop"},
         {"SQLALCHEMY_DATABASE_URI": "sqlite://", "GREENJOBS_DATABASE_URL": "postgresql://u@h/shop"},
     ],
     ids=str,
@@ -70,10 +73,42 @@ def test_password_in_a_url_object_is_kept(database: running.Database) -> None:
     assert config.current().database_url == "postgresql://u:se%40cret@h/shop"
 
 
-@pytest.mark.parametrize("url", ["sqlite://", "postgresql+asyncpg://u@h/shop", None, 5])
+@pytest.mark.parametrize("url", ["sqlite://", "mysql://u@h/shop", "postgresql", "postgresql://h/\x07", None, 5])
 def test_database_that_jobs_cannot_be_in_is_none(database: running.Database, url: Any) -> None:
     bare(SQLALCHEMY_DATABASE_URI=url)
     assert config.current().database_url is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg2://u:se+cr%40et@h:5433/shop?options=-c+search_path%3Djobs",
+        sa.URL.create("postgresql", "u", "a b%/@?é", "h", database="shop", query={"options": "-c search_path=jobs"}),
+        "postgresql://u:100%@h/shop",
+        "postgresql+psycopg2://u@/shop?host=a:1&host=b:2",
+        "postgresql+psycopg2://u@/shop?host=a,b&port=1,2",
+        "postgresql+psycopg2://u@[::1]:5433/shop",
+        "postgresql+psycopg2:///shop?host=/tmp",
+    ],
+    ids=str,
+)
+def test_url_is_read_as_sqlalchemy_reads_it(database: running.Database, url: Any) -> None:
+    """libpq knows no + for a space, and one host= only; and SQLAlchemy takes a % that is not escaped."""
+    bare(SQLALCHEMY_DATABASE_URI=url)
+    engine = sa.create_engine(sa.make_url(url).set(drivername="postgresql+psycopg2"))
+    _, parameters = engine.dialect.create_connect_args(engine.url)
+    read = psycopg2.extensions.parse_dsn(config.current().require_database_url())
+    assert read == {name: str(value) for name, value in parameters.items()}
+
+
+def test_parameter_of_another_driver_is_refused_where_the_database_is_needed(database: running.Database) -> None:
+    bare(SQLALCHEMY_DATABASE_URI="postgresql+asyncpg://u:hunter2@h/shop?ssl=require")
+
+    @job
+    def work() -> None: ...
+
+    with pytest.raises(DatabaseUnavailable, match=r"postgresql://u:\*\*\*@h/shop\?ssl=require cannot be read by libpq"):
+        work.delay()
 
 
 def test_precedence_of_database_urls(database: running.Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +202,12 @@ def test_application_is_set_up_once(database: running.Database) -> None:
     app = bare()
     with pytest.raises(ConfigError, match="has been set up for the application 'bare' already"):
         GreenJobs().init_app(app)
+
+
+@pytest.mark.parametrize("given", [None, "shop", flask.Blueprint("shop", __name__), flask.Flask], ids=repr)
+def test_what_is_no_application_is_refused(database: running.Database, given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"init_app takes the application, a Flask object, not "):
+        GreenJobs().init_app(given)
 
 
 def test_of_several_applications_the_active_one_says_where_a_job_goes(

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from psycopg2 import errors, extensions, sql
 
 import greenjobs
-from greenjobs import cli, current_job, grants, inspection, job, jobs
+from greenjobs import cli, counts, current_job, grants, inspection, job, jobs, queues, schedules
 from greenjobs.errors import AccessDenied, ConfigError, SchemaError
 from greenjobs.migrate import migrate
 from greenjobs.runner import Runner
@@ -218,6 +218,47 @@ def test_role_without_rights_is_told_which_it_lacks(as_role: Callable[..., str],
             work.delay()
 
 
+def test_what_is_more_than_to_enqueue_ends_in_an_error_that_says_what_is_missing(as_role: Callable[..., str]) -> None:
+    with working_as(as_role("enqueue")):
+
+        @job(keep="1 day")
+        def work() -> None: ...
+
+        handle = work.delay()
+        for refused_call in (
+            handle.status,
+            lambda: handle.wait(timeout=1),
+            lambda: handle.result(timeout=1),
+            handle.cancel,
+            jobs.find,
+            jobs.count,
+            lambda: jobs.get(handle.id),
+            lambda: jobs.cancel(handle.id),
+            lambda: jobs.retry(handle.id),
+            lambda: jobs.discard(state="available"),
+            queues.find,
+            lambda: queues.pause("default", force=True),
+            lambda: counts.totals(since="1 hour"),
+            schedules.find,
+            lambda: schedules.add(work, name="nightly", cron="0 0 * * *"),
+        ):
+            with pytest.raises(AccessDenied, match=r"permission denied for .*\n?.*--grant run=ROLE"):
+                refused_call()
+
+
+def test_reader_that_wants_to_wait_is_told_which_right_it_lacks(as_role: Callable[..., str], database_url: str) -> None:
+    with running.application(database_url):
+
+        @job
+        def work() -> None: ...
+
+        handle = work.delay()
+    with working_as(as_role("read")):
+        assert handle.status() == "available"
+        with pytest.raises(AccessDenied, match="run=ROLE"):
+            handle.wait(timeout=running.PATIENCE_SECONDS)
+
+
 @pytest.mark.parametrize("command", [("jobs", "list"), ("status",)])
 def test_command_that_lacks_a_right_says_how_to_get_it(as_role: Callable[..., str], command: tuple[str, ...]) -> None:
     shown = typed(*command, url=as_role("enqueue"))
@@ -257,6 +298,19 @@ def test_only_the_owner_can_give_rights(as_role: Callable[..., str], role: str) 
     url = as_role("run")
     with pytest.raises(SchemaError):
         migrate(url, grants=[grants.Grant("read", role)])
+
+
+def test_owner_of_the_tables_keeps_its_rights(database_url: str) -> None:
+    with databases.administration(database_url) as cursor:
+        cursor.execute("SELECT tableowner FROM pg_tables WHERE tablename = 'background_jobs'")
+        (owner,) = cursor.fetchone() or (None,)
+        with pytest.raises(SchemaError, match=r"owns the tables"):
+            migrate(database_url, grants=[grants.Grant("enqueue", owner)])
+        cursor.execute(
+            "SELECT relacl IS NULL OR has_table_privilege(relowner, oid, 'DELETE') FROM pg_class"
+            " WHERE relname = 'background_jobs'"
+        )
+        assert cursor.fetchone() == (True,)
 
 
 @pytest.mark.parametrize("flag", ["--check", "--sql"])

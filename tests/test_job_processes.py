@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,16 @@ import process_jobs
 import processes
 import pytest
 import running
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from waiting import eventually
 
-from greenjobs import events, health, job
+from greenjobs import config, events, health, job
+from greenjobs.contrib.opentelemetry import GreenjobsInstrumentor
 from greenjobs.errors import ConfigError, JobFailed, JobProcessDied, JobProcessError
 from greenjobs.http_server import Request
+from greenjobs.processes import Origin, Processes
 from greenjobs.runner import Runner, RunnerHandle
 
 JOBS = [job for job in vars(process_jobs).values() if hasattr(job, "delay")]
@@ -37,7 +43,14 @@ def url(server_url: str, migrated_template: str) -> Iterator[str]:
 def handle(url: str) -> Iterator[RunnerHandle]:
     """One runner for all tests here, so that one process, once started, serves most of them."""
     settings = {"app": "process_jobs", "job_processes": 1, "max_payload_bytes": 4 * 1024 * 1024}
-    with running.application(url, **settings), running.started(Runner().register(*JOBS)) as handle:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        running.application(url, **settings),
+        running.started(Runner().register(*JOBS)) as handle,
+    ):
+        # No process that merely has to wait for the processor is given up.
+        patch.setattr("greenjobs.processes._TIDY_SECONDS", processes.PATIENCE_SECONDS)
+        patch.setattr("greenjobs.processes._STACK_SECONDS", processes.PATIENCE_SECONDS)
         yield handle
 
 
@@ -45,6 +58,10 @@ def handle(url: str) -> Iterator[RunnerHandle]:
 def database(url: str, handle: RunnerHandle) -> Iterator[running.Database]:
     database = running.Database(url)
     yield database
+    # No event of what this test leaves running is to reach the next one.
+    eventually(
+        lambda: not (handle.running_jobs() or handle.held_ids()), "jobs go on", seconds=processes.PATIENCE_SECONDS
+    )
     database.rows("TRUNCATE background_jobs, background_history, notes")
     database.connection.close()
 
@@ -67,6 +84,18 @@ def error_of(handle: Any) -> str:
     with pytest.raises(JobFailed) as failed:
         result(handle)
     return f"{failed.value.error}: {failed.value.message}"
+
+
+def wait_until_begun(handle: RunnerHandle, folder: Path) -> int:
+    """Block until the one job runs in its process, which the runner has heard; returns the number of that."""
+    begun = folder / "begun"
+    eventually(begun.exists, "not begun", seconds=60)
+
+    def is_heard() -> bool:
+        return [getattr(attempt.elsewhere, "has_begun", False) for attempt in handle.attempts()] == [True]
+
+    eventually(is_heard, "not heard of", seconds=60)
+    return int(begun.read_text())
 
 
 # --- what a job sees --------------------------------------------------------------------------------------------------
@@ -248,24 +277,41 @@ def test_running_job_is_cancelled(database: running.Database, tmp_path: Path, en
 
 def test_stack_of_a_running_job_is_shown(database: running.Database, handle: RunnerHandle, tmp_path: Path) -> None:
     waiting = process_jobs.sleep.delay(str(tmp_path))
-    eventually((tmp_path / "begun").exists, "not begun", seconds=60)
+    wait_until_begun(handle, tmp_path)
     (shown,) = json.loads(health.jobs(handle, Request("/jobs", is_from_here=True)).body)["jobs"]
     assert shown["id"] == waiting.id
     assert re.search(r"process_jobs\.py:\d+ sleep$", shown["stack"][-1])
     assert waiting.cancel() == "asked"
+    database.wait_for("true", count=0)  # else nobody is asked any more, and it goes on
 
 
 def test_stack_of_a_job_in_a_process_that_does_not_answer_is_stood_for(
-    database: running.Database, handle: RunnerHandle, tmp_path: Path
+    database: running.Database, handle: RunnerHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("greenjobs.processes._STACK_SECONDS", 0.1)
     waiting = process_jobs.sleep.delay(str(tmp_path))
-    eventually((tmp_path / "begun").exists, "not begun", seconds=60)
-    pid = int((tmp_path / "begun").read_text())
+    pid = wait_until_begun(handle, tmp_path)
     os.kill(pid, signal.SIGSTOP)
     (attempt,) = handle.attempts()
     assert attempt.lines() == [f"(in process {pid}, which prints it on SIGQUIT)"]
     os.kill(pid, signal.SIGCONT)
     assert waiting.cancel() == "asked"
+    database.wait_for("true", count=0)
+
+
+# --- what a job forks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("then", "status"), [("return", 0), ("exit", 3), ("raise", 1)])
+def test_child_that_leaves_the_function_of_the_job_ends_there(
+    database: running.Database, ended: list[events.AttemptEnded], then: str, status: int
+) -> None:
+    assert result(process_jobs.fork.delay(then)) == ["parent", status]
+    assert [each.outcome for each in ended] == ["done"]
+
+
+def test_child_can_be_terminated(database: running.Database) -> None:
+    assert result(process_jobs.terminate_a_child.delay()) == -signal.SIGTERM
 
 
 # --- death ------------------------------------------------------------------------------------------------------------
@@ -300,6 +346,36 @@ def test_process_that_waits_and_is_killed_is_replaced_and_named(
     assert result(process_jobs.look.delay("after"))["pid"] != pid
     named = f"job process {pid} was ended by SIGKILL while it waited for a job"
     eventually(lambda: named in caplog.text, "nobody was told", seconds=running.PATIENCE_SECONDS)
+
+
+def test_process_takes_no_notice_of_sigterm_whatever_the_application_has_set_up(database: running.Database) -> None:
+    pid = result(process_jobs.look.delay("before"))["pid"]
+    os.kill(pid, signal.SIGTERM)
+    assert result(process_jobs.look.delay("after"))["pid"] == pid
+
+
+def test_death_of_a_process_has_a_span_of_its_runner_in_the_trace_of_the_enqueue(
+    database: running.Database, tmp_path: Path, ended: list[events.AttemptEnded]
+) -> None:
+    """What ran to its end there has had one there; it is not told twice."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    GreenjobsInstrumentor().instrument(tracer_provider=provider)
+    try:
+        process_jobs.die.delay("kill", str(tmp_path))
+        eventually(lambda: len(ended) == 2, "not run again", seconds=60)
+    finally:
+        GreenjobsInstrumentor().uninstrument()
+        provider.shutdown()
+    published, processed = exporter.get_finished_spans()
+    assert processed.parent is not None and published.context is not None
+    assert (processed.parent.trace_id, processed.parent.span_id) == (
+        published.context.trace_id,
+        published.context.span_id,
+    )
+    assert dict(processed.attributes or {}).items() >= {"greenjobs.outcome": "retried", "greenjobs.attempt": 1}.items()
+    assert "SIGKILL" in str(processed.status.description)
+    assert (processed.end_time or 0) - (processed.start_time or 0) >= ended[0].run_seconds * 1e9
 
 
 def test_other_jobs_of_the_runner_go_on_meanwhile(database: running.Database, tmp_path: Path) -> None:
@@ -366,17 +442,23 @@ def test_runner_without_an_application_says_what_is_missing(database_url: str) -
 
 
 APPLICATION = """
-    import os, sys, time
+    import json, os, sys, time
     from greenjobs import job
 
-    if "unloadable" in os.environ and "greenjobs.job_process" in sys.modules:
-        raise RuntimeError("not here")
+    if "greenjobs.job_process" in sys.modules:
+        if "unloadable" in os.environ:
+            raise RuntimeError("not here")
+        if "deaf" in os.environ:
+            json.loads = None
+
+    def say(line):
+        os.write(1, f"{line}\\n".encode())  # in one piece, as others write there, too
 
     def note(kind):
-        print(f"begun {kind} {os.getpid()}", flush=True)
+        say(f"begun {kind} {os.getpid()}")
         if os.path.exists("sleep"):
             time.sleep(60)
-        print(f"ended {kind}", flush=True)
+        say(f"ended {kind}")
 
     @job(executor="process")
     def in_process():
@@ -441,6 +523,58 @@ def test_process_that_does_not_start_fails_no_job(database_url: str, tmp_path: P
     with databases.administration(database_url) as cursor:
         cursor.execute("SELECT job_type, state, retries FROM background_jobs")
         assert cursor.fetchall() == [("in_process", "available", 0)]
+
+
+def test_job_that_ends_process_after_process_before_it_begins_fails(database_url: str, tmp_path: Path) -> None:
+    processes.write_application(tmp_path, APPLICATION)
+    processes.run("python", "-c", ENQUEUE, folder=tmp_path, database_url=database_url)
+    options = ("--job-processes", "1", "--max-retries", "0")
+    with processes.runner(tmp_path, database_url, *options, environment={"deaf": "yes"}) as runner:
+        runner.wait_for_line(r"JobProcessDied: its process \d+ ended with status 1 before it began, as 2 others had")
+        runner.wait_for_line("ended thread")
+
+
+def test_process_that_cannot_be_made_is_made_later(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("greenjobs.processes._FIRST_PAUSE_SECONDS", 0.1)
+    with running.application(database_url, app="process_jobs"):
+        origin = Origin("process_jobs", config.current(), database_url, "runner", [])
+        made = Processes(1, origin)
+        few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+        try:
+            made.start()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+        assert "no process for jobs can be made: [Errno 24] Too many open files; jobs for it wait" in caplog.text
+        eventually(lambda: made.free == 1, "none was made", seconds=60)
+        made.close()
+
+
+PATCHED = """
+    from gevent import monkey
+    monkey.patch_all()
+
+    import time
+    from greenjobs import current_job, job
+
+    @job(executor="process")
+    def wait(seconds):
+        current_job.progress(1, 2)
+        time.sleep(seconds)
+        print("waited", flush=True)
+"""
+
+
+def test_application_that_patches_by_itself_is_served(database_url: str, tmp_path: Path) -> None:
+    processes.write_application(tmp_path, PATCHED)
+    enqueue = "from app import wait; wait.delay(0.01); wait.options(timeout=0.1, max_retries=0).delay(600)"
+    processes.run("python", "-c", enqueue, folder=tmp_path, database_url=database_url)
+    options = ("--job-processes", "1", "--until-empty")
+    output = processes.run("greenjobs", "run", *options, folder=tmp_path, database_url=database_url)
+    assert "waited" in output
+    assert "JobTimeout: wait ran for more than 0.1 s" in output
 
 
 def test_process_that_has_finished_max_jobs_is_replaced(database_url: str) -> None:

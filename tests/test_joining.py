@@ -151,6 +151,43 @@ def test_commit_in_a_function_of_teardown_is_one(database: running.Database, cap
     assert (database.count(), warnings_of(caplog)) == (1, [])
 
 
+@pytest.mark.parametrize("joins", [True, False])
+@pytest.mark.parametrize("hook", ["after_commit", "after_rollback"])
+def test_job_of_a_hook_after_the_end_of_the_transaction_is_committed_at_once(
+    database: running.Database, caplog: pytest.LogCaptureFixture, hook: str, joins: bool
+) -> None:
+    """There the session takes no statements: SQLAlchemy raises."""
+    confirm = declare_job()
+
+    def after_it(_: Any) -> None:
+        confirm.delay("Ann")
+
+    def body() -> None:
+        db.session.add(Order(customer="Ann"))
+        db.session.flush()
+        db.session.commit() if hook == "after_commit" else db.session.rollback()
+
+    app = make_shop(database.url, GREENJOBS_JOIN_SESSION=joins)
+    sa.event.listen(db.session, hook, after_it)
+    try:
+        assert with_view(app, body) == [200]
+    finally:
+        sa.event.remove(db.session, hook, after_it)
+    assert (database.count(), warnings_of(caplog)) == (1, [])
+
+
+def test_session_whose_flush_failed_refuses_the_job(database: running.Database) -> None:
+    confirm = declare_job()
+    with make_shop(database.url).app_context():
+        db.session.add_all([Order(id=1, customer="Ann"), Order(id=1, customer="Bob")])
+        with pytest.raises(sa.exc.IntegrityError):
+            db.session.flush()
+        with pytest.raises(sa.exc.PendingRollbackError):
+            confirm.delay("Ann")
+        db.session.rollback()
+    assert database.count() == 0
+
+
 @pytest.mark.parametrize(("releases", "commits"), [(True, True), (True, False), (False, True), (False, False)])
 def test_savepoint_decides_only_for_its_own_jobs(
     database: running.Database, caplog: pytest.LogCaptureFixture, releases: bool, commits: bool

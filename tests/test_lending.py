@@ -168,6 +168,15 @@ def test_what_was_set_on_a_connection_is_gone_when_it_is_lent_again(database: ru
     assert notes(database) == ["written"]
 
 
+def test_what_is_begun_after_it_was_given_back_is_not_committed_by_the_next(database: running.Database) -> None:
+    with greenjobs.connection() as kept:
+        pass
+    kept.cursor().execute("INSERT INTO notes VALUES ('stray')")
+    with greenjobs.connection() as connection:
+        connection.cursor().execute("INSERT INTO notes VALUES ('written')")
+    assert notes(database) == ["written"]
+
+
 def test_restoring_asks_the_server_nothing(database: running.Database) -> None:
     """It is done for every loan."""
     with greenjobs.connection() as connection:

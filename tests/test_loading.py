@@ -79,11 +79,11 @@ def test_without_a_name_flasks_files_are_found(project: Path, name: str) -> None
     assert _name(load_application(None)) == name.removesuffix(".py")
 
 
-def test_app_is_preferred_to_wsgi(project: Path) -> None:
+def test_wsgi_is_preferred_to_app_as_flask_does(project: Path) -> None:
     _write(project, "app.py")
     _write(project, "wsgi.py")
 
-    assert _name(load_application(None)) == "app"
+    assert _name(load_application(None)) == "wsgi"
 
 
 def test_flask_app_is_what_flask_would_load(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_what_is_no_name_of_a_module_is_refused(project: Path, name: str) -> Non
 
 
 def test_nothing_to_be_found_says_the_ways_to_name_it(project: Path) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)no app\.py or wsgi\.py in .*--app.*GREENJOBS_APP.*setup\.cfg"):
+    with pytest.raises(ConfigError, match=r"(?s)no wsgi\.py or app\.py in .*--app.*GREENJOBS_APP.*setup\.cfg$"):
         load_application(None)
 
 
@@ -231,3 +231,11 @@ def test_module_that_the_application_misses_in_its_own_package_is_the_applicatio
 
     with pytest.raises(ModuleNotFoundError, match=r"shop_p\.models"):
         load_application("shop_p")
+
+
+@pytest.mark.parametrize("name", [".env", ".flaskenv"])
+def test_file_that_only_the_command_of_flask_reads_is_told(project: Path, name: str) -> None:
+    (project / name).write_text("FLASK_APP=shop")
+
+    with pytest.raises(ConfigError, match=rf"{name} is read by the command flask alone, as in `flask greenjobs run`"):
+        load_application(None)

@@ -152,7 +152,31 @@ def test_password_of_a_url_is_never_shown(url: str, formatter: logging.Formatter
 
 
 @pytest.mark.parametrize(
-    "text", ["http://host:8080/mail/a@b.example", "see https://example.com and write to a@b.example"]
+    "text",
+    [
+        "postgresql://db/shop?user=ann&password=s3cret&sslmode=require",
+        "postgresql://db/shop?sslpassword=s3cret",
+        "host=db password=s3cret dbname=shop",
+        "host=db password='s3cret \\' s3cret' dbname=shop",
+        'dsn "password=s3cret user=ann"',
+        "password = s3cret",
+    ],
+)
+@pytest.mark.parametrize("formatter", [JsonFormatter(), PlainFormatter()])
+def test_password_among_parameters_is_never_shown(text: str, formatter: logging.Formatter) -> None:
+    line = formatter.format(record("cannot reach %s", text, text=text, texts={"a": [text]}))
+    assert "s3cret" not in line and "***" in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://host:8080/mail/a@b.example",
+        "see https://example.com and write to a@b.example",
+        "login(user, password=given)",
+        "    password = ask()",
+        "the password is wrong, passwords=3",
+    ],
 )
 def test_url_without_a_password_is_shown_as_it_is(text: str) -> None:
     assert written(text)["message"] == text
@@ -442,6 +466,68 @@ def test_every_line_of_a_runner_is_json_when_it_is_told_so(printed: Any) -> None
     (own,) = [line for line in lines if line["logger"] == "library"]
     assert own["job_type"] == "work"
     assert {line["runner"] for line in lines if line["logger"] == "greenjobs.runner"} == {own["runner"]}
+
+
+def test_what_nobody_catches_is_json_too(waiting_url: str, server_url: str, tmp_path: Path) -> None:
+    code = """
+        import os, sys, threading
+        import gevent
+        from greenjobs import job
+
+        class Broken:
+            def __del__(self):
+                raise LookupError("in a destructor")
+
+        def fail(secret):
+            raise LookupError(f"in {threading.current_thread().name}")
+
+        @job(queue="emails")
+        def work():
+            thread = threading.Thread(target=fail, args=["hush"], name="a-thread")
+            thread.start()
+            thread.join()
+            gevent.spawn(fail, "hush").join()
+            del Broken().__dict__
+            gevent.get_hub().loop.run_callback(fail, "hush")
+            gevent.sleep(0.01)
+
+        @job(queue="emails", executor="thread", name="fail")
+        def work_in_thread():
+            gevent.spawn(fail, "hush").join()
+    """
+    processes.write_application(tmp_path, code)
+    with databases.fresh(server_url, template=databases._name_in(waiting_url)) as url:
+        command = ("greenjobs", "run", "--until-empty", "--log-format", "json")
+        output = processes.run(*command, folder=tmp_path, database_url=url)
+    lines = [line for line in json_lines(output) if line["logger"] == "py.uncaught"]
+    assert len(lines) == 5
+    assert all(
+        "Traceback (most recent call last):" in line["exc"] and "LookupError: in" in line["exc"] for line in lines
+    )
+    assert "a-thread ended with an error" in [line["message"] for line in lines]
+    assert "hush" not in output
+
+
+def test_application_that_cannot_be_loaded_in_a_process_for_jobs_is_said_in_json(
+    database_url: str, tmp_path: Path
+) -> None:
+    code = """
+        import sys
+        if "greenjobs.job_process" in sys.modules:
+            raise LookupError("only there")
+        from greenjobs import job
+
+        @job(executor="process")
+        def work(): ...
+    """
+    processes.write_application(tmp_path, code)
+    command = ("greenjobs", "run", "--log-format", "json")
+    with processes.start(*command, folder=tmp_path, database_url=database_url) as runner:
+        runner.wait_for_line("did not come up")
+        runner.terminate()
+        assert runner.wait() == 0
+        lines = json_lines(runner.output)
+    assert "only there" in {line["exc"].rpartition("LookupError: ")[2] for line in lines if "exc" in line}
 
 
 def test_plain_lines_are_without_colours_in_a_file(printed: Any) -> None:

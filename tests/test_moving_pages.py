@@ -37,6 +37,10 @@ def test_tasks_run_in_the_application_and_after_one_another(printed: dict[str, s
     assert re.search(r"^ *nightly .*shop\.clean_up", printed["An application"], re.MULTILINE)
 
 
+def test_tasks_of_a_django_project_are_in_its_transactions(printed: dict[str, str]) -> None:
+    assert printed["In a Django project"].splitlines().count("Welcome, Ann") == 1
+
+
 def test_task_becomes_a_job_of_the_same_name(printed: dict[str, str]) -> None:
     assert "the total was 7" in printed["On to greenjobs"].splitlines()
 

@@ -177,6 +177,42 @@ def test_failure_is_an_error_with_its_exception_and_retries_are_marked(
         assert dict(event.attributes or {})["exception.type"] == "LookupError"
 
 
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize("error", [Unspeakable(), ValueError("cut in two: \ud83d")], ids=["unspeakable", "surrogate"])
+def test_error_that_cannot_be_told_as_it_is_has_its_span_and_is_counted(
+    error: Exception, database: running.Database, telemetry: Telemetry
+) -> None:
+    @job
+    def fail() -> None:
+        raise error
+
+    fail.delay()
+    running.work_off(fail)
+    (span,) = telemetry.consumed()
+    assert span.status.status_code == StatusCode.ERROR
+    texts = [span.status.description, *(each for event in span.events for each in (event.attributes or {}).values())]
+    assert len(texts) == 4 and all(str(text).encode() for text in texts)
+    assert [count for _, count in telemetry.points("messaging.client.consumed.messages")] == [1]
+
+
+def test_attempt_that_did_not_reach_its_function_has_a_span(database: running.Database, telemetry: Telemetry) -> None:
+    @job
+    def work(number: int) -> None: ...
+
+    @job(executor="thread")
+    def work_in_thread(number: int) -> None: ...
+
+    for job_type in ("work", "work_in_thread"):
+        database.rows("INSERT INTO background_jobs (job_type, data) VALUES (%s, '{}')", job_type)
+    running.work_off(work, work_in_thread)
+    assert [attributes(span)["error.type"] for span in telemetry.consumed()] == ["greenjobs.errors.PayloadMismatch"] * 2
+    assert {attributes(span)["greenjobs.outcome"] for span in telemetry.consumed()} == {"failed"}
+
+
 def test_what_a_job_raises_to_say_how_it_ends_is_no_error(database: running.Database, telemetry: Telemetry) -> None:
     @job
     def drop() -> None:

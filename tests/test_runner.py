@@ -505,3 +505,33 @@ def test_outcome_of_a_job_that_was_taken_away_changes_nothing_and_is_logged(
 
     assert database.rows("SELECT state, claimed_by, retries FROM background_jobs") == [("running", 2_000_000_000, 0)]
     assert f"job {handle.id} is no longer held here" in caplog.text
+
+
+def test_job_that_comes_back_while_its_former_attempt_runs_is_counted(
+    database: running.Database,
+) -> None:
+    """As to a runner that lost its session, let its jobs go on, and claims what another one rescued meanwhile."""
+    began = [Event(), Event()]
+    ends = [Event(), Event()]
+    attempts = iter((0, 1))
+
+    @job
+    def work() -> None:
+        number = next(attempts)
+        began[number].set()
+        assert ends[number].wait(PATIENCE_SECONDS)
+
+    handle = work.delay()
+    with running.started(Runner().register(work)) as runner:
+        assert began[0].wait(PATIENCE_SECONDS)
+        database.rows(
+            "UPDATE background_jobs SET state = 'available', claimed_by = NULL, claimed_at = NULL WHERE id = %s",
+            handle.id,
+        )
+        assert began[1].wait(PATIENCE_SECONDS)
+        ends[0].set()
+        eventually(lambda: runner.finished_jobs() == 1, "the former attempt did not end")
+        assert [attempt.row.id for attempt in runner.attempts()] == [handle.id]
+        ends[1].set()
+        eventually(lambda: runner.finished_jobs() == 2, "the second attempt did not end")
+    assert (runner.running_jobs(), database.count()) == (0, 0)

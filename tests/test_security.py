@@ -6,6 +6,7 @@ import ast
 import contextlib
 import re
 import signal
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from waiting import eventually
 import greenjobs
 from greenjobs import cli, counts, current_job, job, jobs, queues, schedules, testing
 from greenjobs.errors import ConfigError, DatabaseUnavailable, JobDefinitionError, OptionError
+from greenjobs.pool import connect
 from greenjobs.runner import Runner
 from greenjobs.surroundings import around_enqueues, surround_enqueue
 
@@ -382,6 +384,13 @@ def test_password_of_the_database_is_in_nothing_that_is_printed(database_url: st
         f"postgresql://web:{quote(SECRET)}@127.0.0.1:1/shop?no_such_option=1",
         f"postgresql://web:{quote(SECRET)}@[::1/shop",
         f"mysql://web:{SECRET}@localhost/shop",
+        # Not written as in a URL: libpq takes a part of it for a host or a port, and quotes that.
+        f"postgresql://web:p@{SECRET}@127.0.0.1:1/shop",
+        f"postgresql://web:{SECRET}/p@127.0.0.1:1/shop",
+        f"postgresql://web:1{SECRET}/p@127.0.0.1:1/shop",
+        f"postgresql://web:1/{SECRET}@127.0.0.1:1/shop",
+        f"postgresql://web:{SECRET}%zz@127.0.0.1:1/shop",
+        f"postgresql://web@127.0.0.1:1/shop?password={SECRET}%zz",
     ],
 )
 def test_password_is_in_no_error(url: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -394,5 +403,34 @@ def test_password_is_in_no_error(url: str, caplog: pytest.LogCaptureFixture) -> 
             work.delay()
     finally:
         greenjobs.configure()
-    shown = f"{raised.value!s} {raised.value!r} {caplog.text}"
+    # With all that it came from, as a log or somebody's page for errors shows it.
+    trace = "".join(traceback.format_exception(raised.value))
+    shown = f"{raised.value!s} {raised.value!r} {trace} {caplog.text}"
     assert SECRET not in shown and quote(SECRET) not in shown
+
+
+@pytest.mark.parametrize("password", ["p@ss", "pa/ss", "12/34", "50%"])
+def test_password_that_is_not_written_as_in_a_url_is_said_to_be_so(password: str) -> None:
+    @job(name="security_special")
+    def work() -> None: ...
+
+    try:
+        greenjobs.configure(database_url=f"postgresql://web:{password}@127.0.0.1:1/shop", enqueue_timeout=0.5)
+        with pytest.raises(DatabaseUnavailable, match="@ is written %40"):
+            work.delay()
+    finally:
+        greenjobs.configure()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://web:p%40s%2Fs@127.0.0.1:1/shop",
+        "postgresql://web@127.0.0.1:1,[::1]:1/a%40b",
+        "postgresql://web@/a@b?host=@greenjobs-nobody",
+        "host=127.0.0.1 port=1 user=web password='p@s/s' dbname=a@b",
+    ],
+)
+def test_address_with_special_characters_where_they_may_be_is_taken(url: str) -> None:
+    with pytest.raises(DatabaseUnavailable, match="cannot connect"):
+        connect(url, application_name="test", timeout_seconds=2)

@@ -120,6 +120,16 @@ class House:
                 self.close()
 
 
+def notice(handle: RunnerHandle, *names: str) -> None:
+    """Wait until it is known in the runner that there are jobs in these queues: who gets the next slot depends on it."""
+
+    def is_known(name: str) -> bool:
+        stake = handle.workers[name]._stake
+        return stake is not None and stake.is_hungry
+
+    eventually(lambda: all(map(is_known, names)), f"nobody looks into {names}", seconds=PATIENCE_SECONDS)
+
+
 def settle(handle: RunnerHandle) -> None:
     """Wait until nobody is claiming, and nobody's second look is due, so that what runs now is what goes on running."""
 
@@ -129,16 +139,6 @@ def settle(handle: RunnerHandle) -> None:
     for _ in range(10):
         eventually(is_at_rest, "a claim goes on for ever", seconds=PATIENCE_SECONDS)
         gevent.sleep(0.01)
-
-
-def wait_for_want(handle: RunnerHandle, *names: str) -> None:
-    """Wait until these queues want slots: they have heard of the jobs that were enqueued there."""
-    stakes = [handle.workers[name]._stake for name in names]
-    eventually(
-        lambda: all(stake is not None and stake.count_wanted() for stake in stakes),
-        f"{names} do not want slots",
-        seconds=PATIENCE_SECONDS,
-    )
 
 
 # --- strict order -----------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_freed_slot_is_for_a_job_that_came_later_in_a_queue_before(database: run
         house.wait(bulk=4)
         settle(handle)
         house.enqueue(critical=2, default=1)
-        wait_for_want(handle, "critical", "default")
+        notice(handle, "critical", "default")
         house.let_go("bulk")
         house.wait(critical=1, bulk=3)
         house.let_go("bulk")
@@ -205,6 +205,7 @@ def test_job_that_nobody_was_woken_for_comes_first_once_a_poll_has_found_it(data
         house.enqueue(critical=1)
         assert handle.workers["critical"].has_room  # so that the poll looks there
         handle._maintenance.look(["critical"])
+        notice(handle, "critical")
         house.let_go("bulk")
         house.wait(critical=1, bulk=1)
 
@@ -316,7 +317,7 @@ def test_part_of_an_idle_queue_is_for_the_others_until_it_wants_it(database: run
         house.wait(bulk=4)
         settle(handle)
         house.enqueue(critical=30)
-        wait_for_want(handle, "critical")
+        notice(handle, "critical")
         for count in (1, 2, 3):  # as bulk jobs end, until it has the part that it is worth
             house.let_go("bulk")
             house.wait(critical=count, bulk=4 - count)
@@ -657,7 +658,7 @@ def test_session_that_is_lost_and_found_again_goes_on_in_order(database: running
         eventually(lambda: handle.runner_id not in (None, before), "no new session", seconds=PATIENCE_SECONDS)
         house.enqueue(critical=1)
         handle.workers["critical"].wake()
-        settle(handle)
+        notice(handle, "critical")
         house.let_go("bulk")
         house.wait(critical=1, bulk=1)
 

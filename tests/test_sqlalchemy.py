@@ -15,14 +15,17 @@ import pytest
 import running
 import sqlalchemy as sa
 from gevent.event import Event
+from psycopg2 import extras
 from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import AsyncSession
+from waiting import eventually
 
-from greenjobs import job, schedules
+from greenjobs import embedded, job, schedules
 from greenjobs.call import BATCH_SIZE
 from greenjobs.contrib import addresses
 from greenjobs.contrib.sqlalchemy import sqlalchemy_url
-from greenjobs.errors import OptionError, PayloadError, SchemaError
+from greenjobs.errors import ConfigError, OptionError, PayloadError, SchemaError
+from greenjobs.migrate import migrate
 from greenjobs.runner import Runner
 
 
@@ -342,6 +345,50 @@ def test_session_of_several_engines_has_to_say_which(database: running.Database,
     assert database.count() == 1
 
 
+@pytest.fixture(scope="module")
+def url_with_two_phases() -> Iterator[str]:
+    """A migrated database of a server that lets transactions be prepared."""
+    with embedded.temporary({"max_prepared_transactions": "4"}) as url:
+        migrate(url)
+        yield url
+
+
+@pytest.mark.parametrize("open_it", [a_session, a_connection], ids=["session", "connection"])
+def test_job_can_be_part_of_a_transaction_in_two_phases(url_with_two_phases: str, open_it: Any) -> None:
+    """PostgreSQL prepares none that would notify: the runner finds the job when it looks the next time."""
+    engine = sa.create_engine(databases.sqlalchemy_url(url_with_two_phases))
+    ran = []
+    with running.application(url_with_two_phases, poll_interval=0.05) as database:
+
+        @job
+        def confirm(number: str) -> None:
+            ran.append(number)
+
+        @job(unique=True, on_conflict="replace")
+        def tell(number: str) -> None:
+            ran.append(number)
+
+        def enqueue(number: str, how: str) -> None:
+            with open_it(engine) as given:
+                if open_it is a_session:
+                    given.twophase, transaction = True, given
+                else:
+                    transaction = given.begin_twophase()
+                confirm.options(connection=given).delay(number)
+                tell.options(connection=given).delay_many([(number,), (number,)])
+                if how == "rollback" or open_it is a_connection:
+                    transaction.prepare()
+                assert database.count() == 0
+                getattr(transaction, how)()
+
+        with running.started(Runner().register(confirm, tell)):
+            enqueue("A1", "rollback")
+            enqueue("A2", "commit")
+            eventually(lambda: len(ran) == 2, "the jobs did not run", seconds=running.PATIENCE_SECONDS)
+        assert ran == ["A2", "A2"]
+    engine.dispose()
+
+
 def test_database_without_the_tables_says_so(empty_database_url: str, database: running.Database) -> None:
     confirm = declare_job()
     elsewhere = sa.create_engine(databases.sqlalchemy_url(empty_database_url))
@@ -392,6 +439,29 @@ def test_what_is_no_connection_is_refused_with_what_is(database: running.Databas
     assert database.count() == 0
 
 
+def test_raw_connection_of_an_engine_is_one_of_psycopg2(database: running.Database, engine: sa.Engine) -> None:
+    confirm = declare_job()
+    connection = engine.raw_connection()
+    try:
+        confirm.options(connection=connection).delay("A1")
+        connection.rollback()
+        confirm.options(connection=connection).delay("A2")
+        assert database.count() == 0
+        connection.commit()
+    finally:
+        connection.close()
+    assert database.column("SELECT data ->> 'number' FROM background_jobs") == ["A2"]
+
+
+def test_connection_that_nobody_here_can_wait_on_is_refused(database: running.Database) -> None:
+    confirm = declare_job()
+    with contextlib.closing(psycopg2.connect(database.url, async_=True)) as connection:
+        extras.wait_select(connection)
+        with pytest.raises(OptionError, match=r"async_=True"):
+            confirm.options(connection=connection).delay("A1")
+    assert database.count() == 0
+
+
 def test_connection_and_independent_together_are_refused(database: running.Database, engine: sa.Engine) -> None:
     with orm.Session(engine) as session, pytest.raises(OptionError, match="not both"):
         declare_job().options(connection=session, independent=True)
@@ -411,6 +481,36 @@ def test_schedule_belongs_to_the_transaction(database: running.Database, engine:
         schedules.add(confirm, name="weekly", cron="0 5 * * 1", args=["A1"], connection=session)
         session.commit()
     assert [schedule.name for schedule in schedules.find()] == ["weekly"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://a:1,b:2/shop",
+        "postgresql://u:p%20w+%25@h:5433/shop?options=-c%20search_path%3Da%2Cb&application_name=a+b",
+        "postgresql://%2Fvar%2Frun/shop",
+        "postgresql://u@[::1]:5433/shop",
+        "postgresql://h:/a%3Fb%20c",
+        "postgres://:secret@h",
+        "host=a,b port=1,2 dbname=shop user='u v' password='p@/:%+ w'",
+        "service=shop",
+    ],
+)
+def test_url_for_sqlalchemy_is_read_by_it_as_libpq_reads_ours(url: str) -> None:
+    engine = sa.create_engine(sqlalchemy_url(url))
+    _, parameters = engine.dialect.create_connect_args(engine.url)
+    assert {name: str(value) for name, value in parameters.items()} == psycopg2.extensions.parse_dsn(url)
+
+
+def test_password_in_a_keyword_string_is_hidden_by_sqlalchemy() -> None:
+    engine = sa.create_engine(sqlalchemy_url("host=h dbname=shop user=u password=hunter2"))
+    assert "hunter2" not in repr(engine)
+
+
+def test_url_that_libpq_cannot_read_is_refused_without_its_password() -> None:
+    with pytest.raises(ConfigError, match=r"postgresql://u:\*\*\*@h/shop\?nonsense cannot be read") as raised:
+        sqlalchemy_url("postgresql://u:hunter2@h/shop?nonsense")
+    assert raised.value.__context__ is None
 
 
 def test_url_for_sqlalchemy_leads_to_the_database_of_greenjobs(database: running.Database) -> None:

@@ -115,8 +115,7 @@ class Fleet:
         return [int(pid) for pid in re.findall(r"supervisor: process (\d+) is up", self.process.output)]
 
     def enqueue(self, job_type: str, count: int = 1) -> None:
-        columns, values = "job_type, data, queue", "%s, '{}', 'default' FROM generate_series(1, %s)"
-        self._cursor.execute(f"INSERT INTO background_jobs ({columns}) SELECT {values}", (job_type, count))
+        enqueue(self._cursor, job_type, count)
 
     def ledger(self, what: str = "%") -> list[tuple[int, str, int]]:
         """What the jobs wrote: job, what, and process, in that order."""
@@ -143,6 +142,11 @@ class Fleet:
             f"not all of {pids} are gone: {self.process.output}",
             seconds=processes.PATIENCE_SECONDS,
         )
+
+
+def enqueue(cursor: Any, job_type: str, count: int) -> None:
+    columns, values = "job_type, data, queue", "%s, '{}', 'default' FROM generate_series(1, %s)"
+    cursor.execute(f"INSERT INTO background_jobs ({columns}) SELECT {values}", (job_type, count))
 
 
 def is_alive(pid: int) -> bool:
@@ -492,8 +496,9 @@ def test_sigquit_shows_the_stacks_of_all_children(tmp_path: Path, database_url: 
 
 
 def test_until_empty_ends_when_every_child_has_nothing_left(tmp_path: Path, database_url: str) -> None:
+    with databases.administration(database_url) as cursor:  # before anybody can find that there is nothing to do
+        enqueue(cursor, "nap", 50)
     with fleet(tmp_path, database_url, "--processes", "2", "--until-empty", "--migrate") as working:
-        working.enqueue("nap", 50)
         assert working.process.wait() == 0
         assert len(working.ledger("napped")) == 50
         assert len(working.children) == 2
@@ -534,7 +539,7 @@ def test_process_that_outgrows_its_memory_is_replaced(tmp_path: Path, database_u
         leaking.enqueue("leak", 15)
         leaking.wait_for_entries("leaked", 15)
         leaking.process.wait_for_line(r"is to be replaced: it occupies \d+ MB \(max_memory\)")
-        leaking.wait_until_up(2)
+        leaking.process.wait_for_line(f"process {leaking.children[0]} ended with status 0 .* as it was told to")
         assert set(Counter(job for job, _, _ in leaking.ledger()).values()) == {1}
         leaking.enqueue("note")
         [(_, _, pid)] = leaking.wait_for_entries("old")

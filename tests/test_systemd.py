@@ -9,11 +9,14 @@ import socket
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+import gevent
 import psycopg2
 import pytest
+from gevent.socket import wait_read
 from processes import PATIENCE_SECONDS, start, write_application
 from test_supervisor import fleet
 from waiting import eventually
@@ -23,43 +26,58 @@ from greenjobs.systemd import Notifier
 
 
 class Manager:
-    """The other end of the line."""
+    """The other end of the line. As systemd does, it reads all the time: the system keeps ten messages only."""
 
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
-        self._socket.settimeout(PATIENCE_SECONDS)
+        self._socket.setblocking(False)
+        self._messages: deque[list[str]] = deque()
+        self._reader = gevent.spawn(self._read_for_ever)
         self.address = address
-        self.heard: list[list[str]] = []
 
     def hear(self) -> list[str]:
         """The lines of the next message; blocks until there is one."""
-        self.heard.append(self._socket.recv(4096).decode().splitlines())
-        return self.heard[-1]
+        eventually(lambda: self._messages, "nothing is heard", seconds=PATIENCE_SECONDS)
+        return self._messages.popleft()
 
     def hear_until(self, line: str) -> list[str]:
         """The next message with this line, or one that begins with it."""
-        while not any(each.startswith(line) for each in self.hear()):
-            pass
-        return self.heard[-1]
+        heard: list[list[str]] = []
+
+        def is_heard() -> bool:
+            while self._messages:
+                heard.append(self._messages.popleft())
+                if any(each.startswith(line) for each in heard[-1]):
+                    return True
+            return False
+
+        eventually(is_heard, f"{line} is not heard, but {heard}", seconds=PATIENCE_SECONDS)
+        return heard[-1]
 
     def hears_nothing(self) -> bool:
         """Whether nothing is there to be heard at this moment."""
-        self._socket.settimeout(0)
-        try:
-            return not self._socket.recv(4096)
-        except BlockingIOError:
-            return True
-        finally:
-            self._socket.settimeout(PATIENCE_SECONDS)
+        self._read()
+        return not self._messages
 
     def forget(self) -> None:
         """Throw away what has come so far."""
-        while not self.hears_nothing():
-            pass
+        self._read()
+        self._messages.clear()
 
     def close(self) -> None:
+        self._reader.kill()
         self._socket.close()
+
+    def _read(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._messages.append(self._socket.recv(4096).decode().splitlines())
+
+    def _read_for_ever(self) -> None:
+        while True:
+            wait_read(self._socket.fileno())
+            self._read()
 
 
 @pytest.fixture
@@ -245,7 +263,7 @@ def test_supervisor_tells_of_start_reload_and_end(tmp_path: Path, database_url: 
         assert len(several.wait_until_up(4)) == 4
 
         # New code that does not start ends the reload, too.
-        (tmp_path / "app.py").write_text("1 / 0")
+        write_application(tmp_path, "1 / 0")
         several.process.send(signal.SIGHUP)
         manager.hear_until("RELOADING=1")
         manager.hear_until("READY=1")

@@ -19,7 +19,8 @@ from running import Database, application, work_off
 from waiting import eventually
 
 import greenjobs
-from greenjobs import Discard, Retry, Snooze, current_job, events, job, jobs, testing
+from greenjobs import Discard, Retry, Snooze, config, current_job, events, job, jobs, testing
+from greenjobs.current import lender
 from greenjobs.errors import (
     DatabaseUnavailable,
     JobFailed,
@@ -452,6 +453,12 @@ def test_perform_refuses_attempts_that_cannot_be(no_database: None, attempt: Any
         testing.perform(note, attempt=attempt)
 
 
+@pytest.mark.parametrize("given", [print, "note", None])
+def test_perform_refuses_what_is_no_job(no_database: None, given: Any) -> None:
+    with pytest.raises(OptionError, match=r"perform: the job is .*; allowed: a function with @job"):
+        testing.perform(given)
+
+
 def test_perform_lets_the_end_of_the_test_pass(no_database: None) -> None:
     """Such as pytest.skip, or the interrupt of whoever runs the tests: a runner would take them for failures."""
     with pytest.raises(KeyboardInterrupt):
@@ -707,7 +714,9 @@ def test_journeys_add_up_and_end(database: Database) -> None:
     assert seen == ["90 minutes"]
 
 
-@pytest.mark.parametrize("units", [{"hours": -1}, {"fortnights": 1}, {"hours": "1"}])
+@pytest.mark.parametrize(
+    "units", [{"hours": -1}, {"fortnights": 1}, {"hours": "1"}, {"days": float("nan")}, {"days": 1e12}]
+)
 def test_clock_refuses_what_is_no_way_forward(units: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="the clock is moved by"), testing.travel(**units):
         pass
@@ -879,6 +888,21 @@ def test_connection_with_other_rows_than_tuples_keeps_them(database: Database) -
     connection.close()
 
 
+def test_connection_of_the_test_is_left_as_it_is_while_greenjobs_uses_it(database: Database) -> None:
+    """Other threads of a live server may be using it, too."""
+    connection = psycopg2.connect(database.url, cursor_factory=psycopg2.extras.RealDictCursor)
+    with (
+        testing.using(connection),
+        lender(config.current()).connection() as ours,
+        connection.cursor() as cursor,
+        ours.cursor() as other,
+    ):
+        cursor.execute("SELECT 1 AS one")
+        other.execute("SELECT 1 AS one")
+        assert (cursor.fetchone(), other.fetchone()) == ({"one": 1}, (1,))
+    connection.close()
+
+
 def test_handles_and_jobs_are_those_of_the_transaction(connection: Any) -> None:
     note, _ = declare_recorder()
     first, second, third = note.delay_many([(1,), (2,), (3,)])
@@ -954,6 +978,22 @@ def test_handle_of_a_job_that_ran_inline_tells_how_it_ended(no_database: None) -
         failed.result()
     with pytest.raises(JobNotEnded, match="scheduled"):
         waiting.wait(5)
+
+
+def test_handle_of_a_job_that_ran_inline_tells_of_an_error_that_cannot_be_shown(no_database: None) -> None:
+    class Unspeakable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    @job(max_retries=0)
+    def fail() -> None:
+        raise Unspeakable
+
+    with testing.inline(raise_errors=False):
+        handle = fail.delay()
+    assert handle.status() == "failed"
+    with pytest.raises(JobFailed, match="Unspeakable: <exception str"):
+        handle.result()
 
 
 def test_handle_of_a_recorded_job_says_that_nothing_runs_it(no_database: None) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import signal
+import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -176,6 +180,34 @@ def test_waits_of_the_standard_library_are_those_of_the_thread(database: running
 
 
 # --- what they see ----------------------------------------------------------------------------------------------------
+
+
+def test_programs_that_threads_start_at_the_same_time_are_waited_for(database: running.Database) -> None:
+    statuses = list(range(20))
+    seen: list[list[int]] = []
+
+    @job(executor="thread")
+    def work() -> None:
+        seen.append([subprocess.run(["sh", "-c", f"exit {status}"]).returncode for status in statuses])
+
+    work.delay_many([()] * 4)
+    running.work_off(work)
+    assert seen == [statuses] * 4
+
+
+def test_program_that_a_thread_has_started_is_talked_to_and_ended(database: running.Database) -> None:
+    seen: list[object] = []
+
+    @job(executor="thread")
+    def work() -> None:
+        seen.append(subprocess.run(["cat"], input="x" * 200_000, capture_output=True, text=True).stdout)
+        with subprocess.Popen(["sleep", "600"]) as program:
+            program.terminate()
+        seen.append(program.returncode)
+
+    work.delay()
+    running.work_off(work)
+    assert seen == ["x" * 200_000, -signal.SIGTERM]
 
 
 def test_context_and_thread_locals_are_fresh_for_each_job(database: running.Database) -> None:
@@ -397,21 +429,26 @@ def test_job_that_was_ended_leaves_the_thread_as_good_as_new(database: running.D
     ran: list[int] = []
 
     @job(executor="thread", timeout=0.05)
+    def compute_for_ever() -> None:
+        compute()
+
+    @job(executor="thread")
     def work(number: int) -> None:
-        if number % 2:
-            compute()
         time.sleep(0.001)
         ran.append(number)
 
-    work.delay_many([(number,) for number in range(10)])
-    running.work_off(work)
-    assert sorted(ran) == [0, 2, 4, 6, 8]
-    assert database.count("state = 'failed'") == 5
+    for number in range(5):
+        compute_for_ever.delay()
+        work.delay(number)
+    running.work_off(compute_for_ever, work)
+    assert ran == [0, 1, 2, 3, 4]
+    assert database.column("SELECT job_type FROM background_jobs WHERE state = 'failed'") == ["compute_for_ever"] * 5
 
 
 def test_runner_that_is_to_stop_interrupts_what_runs_in_threads(
-    database: running.Database, ended: list[events.AttemptEnded]
+    database: running.Database, ended: list[events.AttemptEnded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("greenjobs.runner._TIDY_SECONDS", running.PATIENCE_SECONDS / 2)
     greenjobs.configure(database_url=database.url, grace=0, threads=4)
     begun: list[bool] = []
 
@@ -437,14 +474,15 @@ def test_job_that_obeys_to_nothing_is_reported_with_its_stack_and_given_back(
     may_end.acquire()
     loop = gevent.get_hub().loop
 
-    @job(executor="thread", hard_timeout=0.1)
+    @job(executor="thread")
     def wait_in_c() -> None:
         loop.run_callback_threadsafe(begun.set)
         may_end.acquire()
 
-    wait_in_c.delay()
+    waiting = wait_in_c.delay()
     with running.started(Runner().register(wait_in_c)):
         assert begun.wait(running.PATIENCE_SECONDS)
+        waiting.cancel()
         eventually(lambda: "is stuck" in caplog.text, "not reported", seconds=running.PATIENCE_SECONDS)
     may_end.release()
     assert "may_end.acquire()" in caplog.text
@@ -462,9 +500,11 @@ def test_stacks_show_where_a_thread_stands(database: running.Database) -> None:
     work.delay()
     with running.started(Runner().register(work)) as handle:
         eventually(lambda: begun, "not begun", seconds=running.PATIENCE_SECONDS)
-        stacks = handle.stacks()
+        # It may be on its way there yet.
+        eventually(
+            lambda: "hold_until(lambda: may_end)" in handle.stacks(), "not shown", seconds=running.PATIENCE_SECONDS
+        )
         may_end.append(True)
-    assert "hold_until(lambda: may_end)" in stacks
 
 
 # --- declared ---------------------------------------------------------------------------------------------------------
@@ -483,3 +523,26 @@ def test_wrong_declaration_is_refused(settings: dict[str, Any], message: str) ->
 
         @job(**settings)
         def work() -> None: ...
+
+
+class Large:
+    """What a job has in its hands."""
+
+
+def test_thread_that_waits_keeps_nothing_of_its_last_job(database: running.Database) -> None:
+    seen: list[weakref.ref[Large]] = []
+
+    @job(executor="thread")
+    def work() -> Large:
+        large = Large()
+        seen.append(weakref.ref(large))
+        return large
+
+    def is_gone() -> bool:
+        gc.collect()
+        return seen[0]() is None
+
+    with running.started(Runner().register(work)):
+        work.delay()
+        database.wait_for("true", count=0)
+        eventually(is_gone, "somebody has it still", seconds=running.PATIENCE_SECONDS)

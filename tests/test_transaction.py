@@ -338,6 +338,56 @@ def test_lent_connection_refuses_to_be_committed_inside_the_block(database: runn
     assert notes(database) == []
 
 
+@pytest.mark.parametrize("how", ["reset", "set_isolation_level"])
+def test_lent_connection_refuses_what_rolls_back_without_saying_so(database: running.Database, how: str) -> None:
+    @job(max_retries=0)
+    def work() -> None:
+        with current_job.transaction() as connection:
+            write(connection, "lost")
+            if how == "reset":
+                connection.reset()
+            else:
+                connection.set_isolation_level(extensions.ISOLATION_LEVEL_SERIALIZABLE)
+            write(connection, "half")
+
+    error, message = fail_once(database, work)
+    assert error == "CompletionError"
+    assert f"{how}() in a block of current_job.transaction()" in message
+    assert notes(database) == []
+
+
+@pytest.mark.parametrize("statement", ["COMMIT", "ROLLBACK", "end; select 1"])
+def test_statement_that_ends_the_transaction_of_the_block_is_noticed(
+    database: running.Database, statement: str
+) -> None:
+    @job(max_retries=0)
+    def work() -> None:
+        with current_job.transaction() as connection:
+            write(connection, "before")
+            connection.cursor().execute(statement)
+            write(connection, "after")
+
+    error, message = fail_once(database, work)
+    assert error == "CompletionError"
+    assert "has been committed or rolled back inside the block" in message
+
+
+def test_isolation_level_may_be_set_before_anything_is_written(database: running.Database) -> None:
+    levels = []
+
+    @job
+    def work() -> None:
+        with current_job.transaction() as connection, connection.cursor() as cursor:
+            connection.set_isolation_level(extensions.ISOLATION_LEVEL_SERIALIZABLE)
+            cursor.execute("SHOW transaction_isolation")
+            levels.extend(cursor.fetchone())
+            write(connection, "written")
+
+    work.delay()
+    running.work_off(work)
+    assert (levels, notes(database), database.count()) == (["serializable"], ["written"], 0)
+
+
 def test_lent_connection_may_be_committed_when_it_is_lent_again(database: running.Database) -> None:
     @job
     def work() -> None:

@@ -86,6 +86,24 @@ def test_connection_commits_with_the_job(database: running.Database, engine: sql
     assert (notes(database), database.count()) == (["written"], 0)
 
 
+def test_hook_after_the_commit_of_the_block_enqueues_a_job_of_its_own(
+    database: running.Database, engine: sqlalchemy.Engine
+) -> None:
+    @job(queue="others")
+    def note() -> None: ...
+
+    @job(max_retries=0)
+    def work() -> None:
+        with orm.Session(engine) as session:
+            sqlalchemy.event.listen(session, "after_commit", lambda _: note.delay())
+            with current_job.transaction(session):
+                session.add(Note(what="written"))
+
+    work.delay()
+    running.work_off(work)
+    assert (notes(database), database.column("SELECT queue FROM background_jobs")) == (["written"], ["others"])
+
+
 def test_flush_that_fails_at_the_commit_rolls_all_of_it_back(
     database: running.Database, engine: sqlalchemy.Engine
 ) -> None:

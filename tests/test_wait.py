@@ -284,7 +284,7 @@ def test_many_waits_for_one_job_all_end(database: running.Database, gate: Gate) 
 
 
 def test_waits_take_no_connection_from_those_who_enqueue(database_url: str, gate: Gate) -> None:
-    with running.application(database_url, enqueue_connections=1, enqueue_timeout=5.0) as database:
+    with running.application(database_url, enqueue_connections=1, enqueue_timeout=_PATIENCE) as database:
 
         @job
         def work() -> None:
@@ -436,9 +436,11 @@ def test_wait_listens_on_the_direct_way(database_url: str, gate: Gate) -> None:
             return real(url, **options)
 
         handle = work.delay()
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(JobNotEnded):
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(watch, "connect", note)
-            handle.wait(0.2)
+            waiting = waiting_in(lambda: handle.wait(_PATIENCE))
+            listens(database)
+            waiting.kill()
         assert seen == [direct]
         assert database.count("is_watched") == 1
 
@@ -458,11 +460,13 @@ def test_waiting_leaves_other_greenlets_alone(database: running.Database) -> Non
             gevent.sleep(0.001)
             turns += 1
 
+    waiting = waiting_in(lambda: handle.wait(_PATIENCE))
+    listens(database)
     turning = gevent.spawn(turn)
-    with pytest.raises(JobNotEnded):
-        handle.wait(0.5)
+    eventually(lambda: turns > 20, "the other greenlet does not go on", seconds=_PATIENCE)
+    assert not waiting.ready()
     turning.kill()
-    assert turns > 20
+    waiting.kill()
 
 
 def test_job_that_waits_for_another_is_interrupted_by_its_timeout(database: running.Database) -> None:

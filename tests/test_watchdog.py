@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import gevent
 import pytest
@@ -17,6 +20,7 @@ from waiting import eventually
 
 import greenjobs
 from greenjobs import events, job, watchdog
+from greenjobs.current import attempt_here
 from greenjobs.job import registered_jobs
 from greenjobs.runner import Runner, RunnerHandle
 
@@ -41,10 +45,22 @@ def seen() -> Iterator[list[events.LoopHeld]]:
     events.unsubscribe(seen.append, events.LoopHeld)
 
 
+# Those of the runner at work, or none.
+dogs: list[watchdog.Watchdog] = []
+
+
 @contextlib.contextmanager
 def at_work() -> Iterator[RunnerHandle]:
-    with running.started(Runner().register(*registered_jobs().values())) as handle:
+    runner = Runner().register(*registered_jobs().values())
+    handle = runner.prepare()
+    dogs.append(handle.loop)
+    try:
+        handle.start()
         yield handle
+    finally:
+        handle.shutdown()
+        assert handle.wait_for_shutdown(running.PATIENCE_SECONDS)
+        dogs.clear()
 
 
 def of(job_type: str | None, seen: list[events.LoopHeld]) -> list[events.LoopHeld]:
@@ -62,7 +78,13 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 
 
 def hold() -> None:
-    native_sleep(0.4)  # the line that the stack shows
+    """Hold the loop for a while, and until the thread that watches it, which may have to wait, has seen who does."""
+    attempt = attempt_here()
+    deadline = time.monotonic() + running.PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        native_sleep(0.4)  # the line that the stack shows
+        if any(held.attempt is attempt for dog in dogs for held in tuple(dog._open)):
+            break
 
 
 def test_event_names_the_job_and_where_it_stood(database: running.Database, seen: list[events.LoopHeld]) -> None:
@@ -106,9 +128,9 @@ def test_it_is_logged_while_it_is_held_and_when_it_ends(
         wait_for("block", seen)
     assert logged_meanwhile == [True]
     first, second = [record for record in lines(caplog) if getattr(record, "job_id", None) == id]
-    assert f"job {id} (block) has held the event loop for 0." in first.getMessage()
+    assert re.match(rf"job {id} \(block\) has held the event loop for \d+\.\d s, ", first.getMessage())
     assert "native_sleep(0.01)" in first.getMessage()
-    assert f"job {id} (block) let go of the event loop after 0." in second.getMessage()
+    assert re.fullmatch(rf"job {id} \(block\) let go of the event loop after \d+\.\d s", second.getMessage())
     assert (first.levelname, first.job_type, first.queue, first.attempt) == ("WARNING", "block", "default", 1)  # type: ignore[attr-defined]
 
 
@@ -152,22 +174,43 @@ def test_code_of_no_job_is_reported_as_such(database: running.Database, seen: li
     with at_work():
         innocent.delay()
         gevent.spawn(hold)
-        held = wait_for(None, seen)
-    assert held.id is None
-    assert "native_sleep(0.4)" in held.stack
+        # On a busy machine others that belong to no job may be seen, too.
+        eventually(
+            lambda: any("native_sleep(0.4)" in each.stack for each in of(None, seen)),
+            "it is not reported",
+            seconds=running.PATIENCE_SECONDS,
+        )
+    assert {each.id for each in of(None, seen)} == {None}
 
 
 def test_c_code_that_keeps_the_interpreter_lock_is_found_out_afterwards(
-    database: running.Database, seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture
+    database: running.Database,
+    seen: list[events.LoopHeld],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    look, beats = watchdog.Watchdog._look, []
+
+    def look_late(dog: watchdog.Watchdog, beat: float) -> None:
+        """The thread gets the lock back after the loop has had its turn; which of them is first is a matter of luck."""
+        while beats and dog._beat == beats[0]:
+            native_sleep(0.001)
+        look(dog, beat)
+
     @job
     def block() -> None:
+        (dog,) = dogs
+        dog._quiet.clear()  # whatever was reported before, as of a busy machine
+        beats.append(dog._beat)
         ctypes.PyDLL(None).usleep(400_000)
 
+    monkeypatch.setattr(watchdog.Watchdog, "_look", look_late)
     block.delay()
     with at_work():
-        held = wait_for(None, seen)
-    assert (held.stack, held.id) == ("", None)
+        eventually(
+            lambda: any(not each.stack for each in of(None, seen)), "not found out", seconds=running.PATIENCE_SECONDS
+        )
+    assert of("block", seen) == []
     assert "it cannot be said by which job: C code that lets no thread" in caplog.text
 
 
@@ -183,32 +226,39 @@ def test_each_of_those_that_hold_it_one_after_the_other_is_named(
     block.delay_many([()] * 2)
     with at_work():
         wait_for("block", seen, count=2)
-    assert len({each.id for each in seen}) == 2
-    assert all(each.seconds > 0.3 for each in seen)
+    assert len({each.id for each in of("block", seen)}) == 2
+    assert all(each.seconds > 0.3 for each in of("block", seen))
 
 
-def test_many_short_ones_are_not_blamed_on_one(
-    database: running.Database, seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture
-) -> None:
-    @job
-    def be_short() -> None:
-        native_sleep(0.02)
+def test_many_short_ones_are_not_blamed_on_one(seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture) -> None:
+    """By the watchdog itself, as no job is short on a machine that stands still: each look meets one that just began."""
 
-    be_short.delay_many([()] * 30)
-    with at_work():
-        wait_for(None, seen)
-    assert of("be_short", seen) == []
+    def find(frame: FrameType) -> Any:
+        return SimpleNamespace(started=time.perf_counter()), frame
+
+    dog = watchdog.Watchdog(running.PATIENCE_SECONDS, find=find, on_held=lambda job_type: None)
+    dog._loop_thread = HERE
+    dog._beat = time.perf_counter() - 10 * running.PATIENCE_SECONDS
+    dog._look(dog._beat)
+    dog._note_turn()
+    (held,) = eventually(lambda: seen, "not reported", seconds=running.PATIENCE_SECONDS)
+    assert (held.job_type, held.stack) == (None, "")
     assert "several jobs one after the other" in caplog.text
 
 
 def test_jobs_that_wait_hold_nothing(database: running.Database, seen: list[events.LoopHeld]) -> None:
-    @job
-    def wait() -> None:
-        time.sleep(0.5)
-        with greenjobs.connection() as connection, connection.cursor() as cursor:
-            cursor.execute("SELECT pg_sleep(0.5)")
+    """For so long that a busy machine, which lets nobody compute meanwhile, is not taken for it."""
+    greenjobs.configure(database_url=database.url, max_blocking=1)
 
-    wait.delay()
+    @job
+    def wait(how: str) -> None:
+        if how == "sleep":
+            time.sleep(1.5)
+            return
+        with greenjobs.connection() as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT pg_sleep(1.5)")
+
+    wait.delay_many([("sleep",), ("sql",)])
     running.work_off(wait)
     assert of("wait", seen) == []
 
@@ -239,11 +289,12 @@ def test_lag_is_measured_also_from_another_thread_while_the_loop_is_held(
     @job
     def block() -> None:
         get_original("_thread", "start_new_thread")(look, ())
-        hold()
+        while not lags:
+            hold()
 
     def look() -> None:
         native_sleep(0.3)
-        lags.append(handle.loop.lag)
+        lags.append(dogs[0].lag)
 
     block.delay()
     with at_work() as handle:
@@ -286,8 +337,10 @@ def test_peaks_are_those_of_the_last_minute_only(monkeypatch: pytest.MonkeyPatch
 
 
 def where(ran: list[bool]) -> None:
-    ran.append(native_ident() == HERE)
-    native_sleep(0.3)
+    is_here = native_ident() == HERE
+    ran.append(is_here)
+    if is_here:
+        hold()
 
 
 def test_repeat_offender_is_moved_to_threads(

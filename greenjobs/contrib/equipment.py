@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from greenjobs.errors import ConfigError
+from greenjobs.job import registered_jobs
 from greenjobs.loading import load_application, name_of_application
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def load(name: str | None) -> tuple[Any, list[Equipment]]:
     framework. Raises ConfigError, and whatever the application raises.
     """
     found = _load_django() if _is_django(name) else load_application(name)
+    registered_jobs()  # for modules that are imported no earlier may be of a framework
     rooms = [sys.modules[room] for room in _ROOMS if room in sys.modules]
     told = name_of(name) or ""
     equipment = [each for room in rooms if (each := room.equipment_of(found, told)) is not None]

@@ -26,7 +26,7 @@ from greenjobs import config, surroundings
 from greenjobs.contrib import scopes
 from greenjobs.contrib.flask_commands import group
 from greenjobs.contrib.joining import Sessions, session_extension
-from greenjobs.contrib.sqlalchemy import sqlalchemy_url
+from greenjobs.contrib.sqlalchemy import database_url_of, sqlalchemy_url
 from greenjobs.errors import ConfigError
 from greenjobs.loading import EARLY_OPTIONS
 from greenjobs.surroundings import Surrounding
@@ -59,6 +59,11 @@ class GreenJobs:
 
     def init_app(self, app: Flask) -> None:
         """Set the application up, with the settings that `app.config` has now. Raises ConfigError."""
+        if not isinstance(app, Flask):
+            raise ConfigError(
+                f"init_app takes the application, a Flask object, not {app!r}; without one yet, write GreenJobs() and "
+                f"call init_app(app) in the factory"
+            )
         if "greenjobs" in app.extensions:
             raise ConfigError(f"greenjobs has been set up for the application {app.name!r} already")
         equipment = Equipment(app)
@@ -296,11 +301,10 @@ def _defaults_in(given: Mapping[str, Any]) -> dict[str, Any]:
         (given.get("SQLALCHEMY_BINDS") or {}).get(None),
     )
     for candidate in candidates:
-        url: Any = candidate.get("url") if isinstance(candidate, dict) else candidate
-        text = url.render_as_string(hide_password=False) if hasattr(url, "render_as_string") else url
-        if isinstance(text, str) and text.startswith("postgres"):
-            with contextlib.suppress(ValueError):  # of another driver
-                return {"database_url": config.OPTIONS["database_url"].parse(text)}
+        url = database_url_of(candidate.get("url") if isinstance(candidate, dict) else candidate)
+        if url is not None:
+            with contextlib.suppress(ValueError):
+                return {"database_url": config.OPTIONS["database_url"].parse(url)}
     return {}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from flask.cli import ScriptInfo
 
+from greenjobs import loading
 from greenjobs.contrib import commands
 
 
@@ -54,4 +55,4 @@ def _application_name(context: click.Context) -> str:
             "this command was given its application as an object, and jobs need a fresh interpreter that can "
             "import it; name it, as in --app 'myapp:create_app()', or type `greenjobs run --app …`"
         )
-    return next((file for file in ("wsgi.py", "app.py") if Path(file).is_file()), "app.py")
+    return next((file for file in loading.DEFAULT_FILES if Path(file).is_file()), "app.py")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psycopg2
 from flask import current_app, g, has_request_context, request
 
-from greenjobs import inspection, pool
+from greenjobs import alchemy, inspection, pool
 from greenjobs.contrib import addresses
 from greenjobs.current import current_job
 
@@ -139,6 +139,8 @@ def session_extension() -> SQLAlchemy | None:
 
 def _join(db: SQLAlchemy, bind: Any, job: str) -> Any:
     session = db.session()
+    if not alchemy.takes_statements(session, bind):
+        return None
     connection = session.connection(bind_arguments={"bind": bind})
     # Where the engine's isolation level is AUTOCOMMIT, there is nothing to commit.
     if pool.raw_connection(connection).autocommit:
@@ -181,7 +183,7 @@ def _with_parents(savepoint: Any) -> Iterator[Any]:
 def _has_changes(session: Any, bind: Any) -> bool:
     if session.new or session.dirty or session.deleted:
         return True
-    if not session.in_transaction():
+    if not session.in_transaction() or not alchemy.takes_statements(session, bind):
         return False
     connection = session.connection(bind_arguments={"bind": bind})
     try:

@@ -7,7 +7,8 @@ Names and attributes are those of the conventions for messaging
 up, nothing is recorded, and nothing is stored with the jobs.
 
 The outcome of an attempt is decided when its span is no longer the active one; it is ended then. Where the function
-runs in another process, the span is there, with the outcome that its error will mean.
+runs in another process, the span is there, with the outcome that its error will mean. What never came so far as to have
+one, for its process died or its payload does not fit, is given one afterwards.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
 from greenjobs import events, surroundings
 from greenjobs.current import attempt_here, current_job
+from greenjobs.error_record import error_record
 from greenjobs.errors import JobControl
 from greenjobs.events import AttemptEnded, AttemptStarted
 from greenjobs.surroundings import Enqueue
@@ -161,11 +163,7 @@ class _Telemetry:
             yield
             return
         watched = _watched.get(None)
-        try:
-            span, carried = self._begin()
-        except Exception:  # such as a sampler, or a propagator, of the application's
-            logger.exception("job %s (%s) runs without a span", current_job.id, current_job.name)
-            span, carried = trace.INVALID_SPAN, Context()
+        span, carried = self._begin()
         token = context.attach(trace.set_span_in_context(span, carried))
         raised: BaseException | None = None
         try:
@@ -180,8 +178,15 @@ class _Telemetry:
             else:
                 watched.span = span
 
-    def _begin(self) -> tuple[Span, Context]:
+    def _begin(self, start_time: int | None = None) -> tuple[Span, Context]:
         """The span of the job that runs here, and the context that it carries."""
+        try:
+            return self._started(start_time)
+        except Exception:  # such as a sampler, or a propagator, of the application's
+            logger.exception("job %s (%s) runs without a span", current_job.id, current_job.name)
+            return trace.INVALID_SPAN, Context()
+
+    def _started(self, start_time: int | None) -> tuple[Span, Context]:
         headers = current_job.headers
         # Not the active one: what a surrounding may have begun is not of the job's making.
         carried = propagate.extract(headers, Context()) if headers else Context()
@@ -198,6 +203,7 @@ class _Telemetry:
                 "greenjobs.attempt": current_job.attempt,
             },
             links=[Link(origin)] if origin.is_valid else None,
+            start_time=start_time,
         )
         return span, carried
 
@@ -208,6 +214,8 @@ class _Telemetry:
         if watched is not None:
             watched.has_ended = True
             span, watched.span = watched.span, None
+            if span is None and event.outcome != "expired" and not _was_elsewhere():
+                span, _ = self._begin(time.time_ns() - int(event.run_seconds * 1e9))
         if span is not None:
             span.set_attribute("greenjobs.outcome", event.outcome)
             if event.error is not None and event.outcome in _FAILURES:
@@ -227,6 +235,13 @@ class _Telemetry:
         self._wait_seconds.record(event.waited_seconds, common)
 
 
+def _was_elsewhere() -> bool:
+    """Whether the attempt had its span in another process, which has said how it ended."""
+    attempt = attempt_here()
+    there = None if attempt is None else attempt.elsewhere
+    return there is not None and (there.error is None or there.verdict is not None)
+
+
 def _end_unheard(span: Span, raised: BaseException | None) -> None:
     """End the span of an attempt of whose outcome this process does not hear."""
     attempt = attempt_here()
@@ -242,9 +257,12 @@ def _end_unheard(span: Span, raised: BaseException | None) -> None:
 
 
 def _fail(span: Span, error: BaseException) -> None:
-    span.record_exception(error)
+    # Not by record_exception: errors that cannot be shown fail it, and lone surrogates fail exporters.
+    record = error_record(error, current_job.attempt, "")
+    described = {"type": _type_of(error), "message": record["message"], "stacktrace": record["traceback"]}
+    span.add_event("exception", {f"exception.{name}": text for name, text in described.items()})
     span.set_attribute("error.type", _type_of(error))
-    span.set_status(StatusCode.ERROR, f"{type(error).__name__}: {error}")
+    span.set_status(StatusCode.ERROR, f"{type(error).__name__}: {record['message']}")
 
 
 def _type_of(error: BaseException) -> str:

@@ -26,7 +26,7 @@ import sentry_sdk
 from sentry_sdk.consts import VERSION
 from sentry_sdk.integrations import DidNotEnable, Integration, setup_integrations
 from sentry_sdk.integrations.logging import ignore_logger
-from sentry_sdk.scope import Scope, use_isolation_scope, use_scope
+from sentry_sdk.scope import Scope, add_global_event_processor, use_isolation_scope, use_scope
 from sentry_sdk.utils import parse_version
 
 from greenjobs import events
@@ -63,6 +63,7 @@ class GreenjobsIntegration(Integration):
         """Called by Sentry, once in a process. Raises DidNotEnable."""
         if _is_too_old():
             raise DidNotEnable(f"greenjobs needs sentry-sdk {_OLDEST[0]}.{_OLDEST[1]} or later; this is {VERSION}")
+        add_global_event_processor(sentry_events.without_our_variables)
         surround(_around_attempt)
         surround_enqueue(_around_enqueue)
         events.subscribe(_attempt_started, AttemptStarted)

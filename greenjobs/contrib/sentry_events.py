@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import CodeType, TracebackType
 from typing import Any
@@ -26,6 +26,7 @@ from greenjobs.job import find_job
 # Larger ones are cut: Sentry refuses events of more than a megabyte.
 _MOST_ARGUMENT_CHARACTERS = 10_000
 
+_SECRETIVE = ("greenjobs", "psycopg2")
 _PACKAGE = str(Path(__file__).parent.parent)
 
 _SLUG = re.compile(r"(?!\d+$)[a-z0-9_-]{1,50}")
@@ -47,6 +48,21 @@ def describe(scope: Scope, id: int, job_type: str, queue: str, attempt: int) -> 
     scope.set_context("job", context)
 
 
+def without_our_variables(event: Any, hint: Any) -> Any:
+    """An event processor for all events: what functions of ours, and of psycopg2, have in their local variables is
+    nobody's business: arguments of jobs, also where they are enqueued, and the password of the database."""
+    for frame in _frames_of(event):
+        if str(frame.get("module")).partition(".")[0] in _SECRETIVE:
+            frame.pop("vars", None)
+    return event
+
+
+def _frames_of(event: Any) -> Iterator[dict[str, Any]]:
+    for kind in ("exception", "threads"):
+        for thrown in (event.get(kind) or {}).get("values") or ():
+            yield from (thrown.get("stacktrace") or {}).get("frames") or ()
+
+
 class Arguments:
     """An event processor for the scope of a job: its arguments are told if the client may send them, and not otherwise,
     neither by us nor as local variables of its function."""
@@ -61,17 +77,13 @@ class Arguments:
             contexts = event.setdefault("contexts", {})
             contexts["job"] = {**contexts.get("job", {}), "arguments": _bounded(self._data)}
         else:
-            for thrown in (event.get("exception") or {}).get("values") or ():
-                for frame in (thrown.get("stacktrace") or {}).get("frames") or ():
-                    self._clear(frame)
+            for frame in _frames_of(event):
+                self._clear(frame)
         return event
 
     def _clear(self, frame: dict[str, Any]) -> None:
         variables, file = frame.get("vars"), frame.get("abs_path") or ""
         if not variables:
-            return
-        if file.startswith(_PACKAGE):
-            del frame["vars"]
             return
         if self._codes is None:
             self._codes = _codes_of(self._name)

@@ -9,7 +9,6 @@ from datetime import datetime, timezone
 
 import gevent
 import gevent.socket
-import psycopg2
 from gevent.socket import wait_read
 from psycopg2 import extensions
 
@@ -19,6 +18,7 @@ from greenjobs.doctor.finding import Verdict, fail, ok, skipped, warn
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import DatabaseUnavailable, SchemaError
 from greenjobs.inspection import fitness
+from greenjobs.pool import parameters_of
 from greenjobs.redaction import redact
 from greenjobs.service import SERVICE_CONNECTIONS
 
@@ -295,8 +295,8 @@ def _unknown_hosts(url: str, seconds: float) -> list[str]:
     if is_embedded_url(url):
         return []
     try:
-        given = extensions.parse_dsn(url)
-    except psycopg2.ProgrammingError:
+        given = parameters_of(url)
+    except DatabaseUnavailable:
         return []  # which connecting will say better
     hosts = [host for host in str(given.get("host") or "").split(",") if host and host[0] not in "/@"]
     if not hosts or given.get("hostaddr"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import logging
 import random
@@ -231,6 +232,18 @@ _NOTIFY_ALWAYS = {
     END"""
 }
 
+# In a transaction in two phases PostgreSQL allows no NOTIFY. Who waits finds the jobs when it looks the next time.
+_NOTIFY_NEVER = {"notify": "false"}
+
+
+class _Wakes(enum.Enum):
+    """How those hear of it who wait for jobs: by a statement of its own, at the commit, or not at all."""
+
+    AFTERWARDS = _SOMEBODY_WAITS
+    AT_COMMIT = _NOTIFY_ALWAYS
+    NOBODY = _NOTIFY_NEVER
+
+
 _ENQUEUE_TYPES = {
     "job_type": "text",
     "data": "jsonb",
@@ -254,25 +267,18 @@ def _enqueue_statement(name: str, jobs: Mapping[str, str], notify: Mapping[str, 
 _KEY_TYPES = {"keys": "text[]", "ids": "bigint[]"}
 _BOUND_TYPES = {"expires": "float8", "expires_at": "timestamptz", "exclusive_keys": "text[]"}
 
-# By kind, and by whether it is done in a transaction of the caller's.
+# What each kind of jobs takes, with the types of its parameters.
+_KINDS: Mapping[str, tuple[Mapping[str, str], Mapping[str, str]]] = {
+    "plain": (_PLAIN, {}),
+    "bound": (_BOUND, _BOUND_TYPES),
+    "unique": (_UNIQUE, {**_BOUND_TYPES, **_KEY_TYPES, "until_finished": "boolean"}),
+    "windowed": (_WINDOWED, {**_BOUND_TYPES, **_KEY_TYPES, "window": "float8"}),
+}
+
 _ENQUEUE_STATEMENTS = {
-    ("plain", False): _enqueue_statement("enqueue", _PLAIN, _SOMEBODY_WAITS),
-    ("plain", True): _enqueue_statement("enqueue_inside", _PLAIN, _NOTIFY_ALWAYS),
-    **{
-        (kind, is_inside): _enqueue_statement(
-            f"enqueue_{kind}_inside" if is_inside else f"enqueue_{kind}",
-            jobs,
-            _NOTIFY_ALWAYS if is_inside else _SOMEBODY_WAITS,
-            **_BOUND_TYPES,
-            **types,
-        )
-        for kind, jobs, types in (
-            ("bound", _BOUND, {}),
-            ("unique", _UNIQUE, {**_KEY_TYPES, "until_finished": "boolean"}),
-            ("windowed", _WINDOWED, {**_KEY_TYPES, "window": "float8"}),
-        )
-        for is_inside in (False, True)
-    },
+    (kind, wakes): _enqueue_statement(f"enqueue_{kind}_{wakes.name.lower()}", jobs, wakes.value, **types)
+    for kind, (jobs, types) in _KINDS.items()
+    for wakes in _Wakes
 }
 
 # What most calls of a web application are: one job, at once. It costs the server half of what the general form does.
@@ -350,27 +356,31 @@ def enqueue(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued
 
 def _enqueue_alone(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
     if len(batches) == 1 and not batches[0].takes_transaction:
-        return _enqueue(connection, batches[0], in_transaction=False)
+        return _enqueue(connection, batches[0], _Wakes.AFTERWARDS)
     with atomic(connection):
         return enqueue_inside(connection, batches)
 
 
-def enqueue_inside(connection: Connection, batches: Sequence[NewJobs]) -> list[Enqueued]:
-    """As `enqueue`, in the transaction of the connection, which is the caller's to commit.
+def enqueue_inside(
+    connection: Connection, batches: Sequence[NewJobs], *, in_two_phases: bool = False
+) -> list[Enqueued]:
+    """As `enqueue`, in the transaction of the connection, which is the caller's to commit; `in_two_phases`, nobody who
+    waits for the jobs is woken.
 
     psycopg2 does not tell for certain whether there is one: `with connection:` makes autocommit wait, and looks idle.
     """
     if connection.autocommit and batches[0].takes_transaction and not _is_in_transaction(connection):
         with atomic(connection):
             return enqueue_inside(connection, batches)
+    wakes = _Wakes.NOBODY if in_two_phases else _Wakes.AT_COMMIT
     if len(batches) > 1 and batches[0].unique_keys is not None:
         # In the order of their keys over all batches.
         everything = batches[0]._replace(
             data=[data for jobs in batches for data in jobs.data],
             unique_keys=[key for jobs in batches for key in jobs.unique_keys or [None] * len(jobs.data)],
         )
-        return _enqueue(connection, everything, in_transaction=True, at_once=len(batches[0].data))
-    return [row for jobs in batches for row in _enqueue(connection, jobs, in_transaction=True)]
+        return _enqueue(connection, everything, wakes, at_once=len(batches[0].data))
+    return [row for jobs in batches for row in _enqueue(connection, jobs, wakes)]
 
 
 def _is_in_transaction(connection: Connection) -> bool:
@@ -379,9 +389,7 @@ def _is_in_transaction(connection: Connection) -> bool:
     return connection.get_transaction_status() != TRANSACTION_STATUS_IDLE
 
 
-def _enqueue(
-    connection: Connection, jobs: NewJobs, *, in_transaction: bool, at_once: int | None = None
-) -> list[Enqueued]:
+def _enqueue(connection: Connection, jobs: NewJobs, wakes: _Wakes, *, at_once: int | None = None) -> list[Enqueued]:
     parameters: dict[str, Any] = {
         "job_type": jobs.job_type,
         "queue": jobs.queue,
@@ -389,43 +397,43 @@ def _enqueue(
         "options": jobs.options,
     }
     cursor = connection.cursor(cursor_factory=TupleCursor)
-    is_one = len(jobs.data) == 1 and jobs.unique_keys is None and not (in_transaction or jobs.is_bound)
-    if is_one and jobs.run_at is None and not jobs.delay_seconds:
+    is_one = len(jobs.data) == 1 and jobs.unique_keys is None and not jobs.is_bound
+    if is_one and wakes is _Wakes.AFTERWARDS and jobs.run_at is None and not jobs.delay_seconds:
         parameters["data"] = jobs.data[0]
         _ENQUEUE_ONE.run(cursor, parameters)
     else:
         parameters["run_at"], parameters["delay"] = jobs.run_at, jobs.delay_seconds
         parameters["expires"], parameters["expires_at"] = jobs.expires_seconds, jobs.expires_at
         if jobs.unique_keys is not None:
-            return _enqueue_unique(cursor, parameters, jobs, in_transaction, at_once or len(jobs.data))
+            return _enqueue_unique(cursor, parameters, jobs, wakes, at_once or len(jobs.data))
         parameters["data"] = _json_array(jobs.data)
         if jobs.is_bound:
             parameters["exclusive_keys"] = jobs.exclusive_keys(jobs.data)
-        _ENQUEUE_STATEMENTS["bound" if jobs.is_bound else "plain", in_transaction].run(cursor, parameters)
+        _ENQUEUE_STATEMENTS["bound" if jobs.is_bound else "plain", wakes].run(cursor, parameters)
     rows = cursor.fetchall()
-    if rows[0][1] and not in_transaction:
+    if rows[0][1] and wakes is _Wakes.AFTERWARDS:
         _notify(cursor, jobs)
     # The serial numbers were drawn in the order of the jobs, whatever the order in which they come back.
     return [Enqueued(id) for id in sorted([row[0] for row in rows])]
 
 
 def _enqueue_unique(
-    cursor: Cursor, parameters: Mapping[str, Any], jobs: NewJobs, in_transaction: bool, at_once: int
+    cursor: Cursor, parameters: Mapping[str, Any], jobs: NewJobs, wakes: _Wakes, at_once: int
 ) -> list[Enqueued]:
     rule = jobs.unique_rule
-    statement = _ENQUEUE_STATEMENTS["unique" if rule.window_seconds is None else "windowed", in_transaction]
+    statement = _ENQUEUE_STATEMENTS["unique" if rule.window_seconds is None else "windowed", wakes]
     parameters = {**parameters, "until_finished": rule.until_finished, "window": rule.window_seconds}
 
     def insert(portion: Portion) -> list[tuple[int, str | None]]:
         more = {"data": _json_array(portion.data), "keys": portion.keys, "ids": portion.ids}
         statement.run(cursor, {**parameters, **more, "exclusive_keys": jobs.exclusive_keys(portion.data)})
         rows = cursor.fetchall()
-        if rows and rows[0][1] and not in_transaction:
+        if rows and rows[0][1] and wakes is _Wakes.AFTERWARDS:
             _notify(cursor, jobs)
         return [(id, key) for id, _, key in rows]
 
     def tell(changed: Sequence[Changed]) -> None:
-        _tell(cursor, changed, in_transaction)
+        _tell(cursor, changed, wakes)
 
     keys = jobs.unique_keys or ()
     new = conflicts.New(parameters, jobs.exclusive_keys)
@@ -433,11 +441,13 @@ def _enqueue_unique(
     return [Enqueued(id, action) for id, action in settled]
 
 
-def _tell(cursor: Cursor, changed: Sequence[Changed], in_transaction: bool) -> None:
+def _tell(cursor: Cursor, changed: Sequence[Changed], wakes: _Wakes) -> None:
     """Wake whoever may take these jobs now, or has to look at them sooner than it knows."""
+    if wakes is _Wakes.NOBODY:
+        return
     available = Counter(each.queue for each in changed if each.is_available)
     is_due_soon = any(each.is_due_soon for each in changed)
-    if in_transaction:
+    if wakes is _Wakes.AT_COMMIT:
         told = [f"*:{queue}" for queue in available] + ["due"] * is_due_soon
         if told:
             cursor.execute(_NOTIFY_INSIDE, {"told": told})

@@ -77,6 +77,8 @@ def perform(
     of a call are given as `perform(job.options(max_retries=2), …)`. A job with a parameter that has the name of an
     option here gets it in `arguments`. Raises what `.delay` does for arguments that cannot be stored.
     """
+    if not isinstance(job, (Call, Job)):
+        raise OptionError(f"perform: the job is {job!r}; allowed: a function with @job, or its .options(…)")
     call = job if isinstance(job, Call) else job.options()
     if attempt is not None and (type(attempt) is not int or attempt < 1):
         raise OptionError(f"perform: attempt is {attempt!r}; allowed: 1 and more")

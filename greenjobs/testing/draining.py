@@ -103,24 +103,24 @@ class _Rehearsal:
 
     def claim(self) -> ClaimedJob | None:
         """Take the first job that is due; None when there is none, or somebody else was faster."""
-        with plain_rows(self._connection) as connection:
-            storage.route(connection, {name: job.queue for name, job in self._jobs.items()})
-            rehearsal.ripen(connection, ahead_seconds=_ahead_seconds())
-            first = rehearsal.first_available(connection, queue=self._queue, job_types=self._job_types)
-            if first is None:
-                return None
-            self._claimed_from, is_suspect, exclusive_key = first
-            place: dict[str, Any] = {"queue": self._claimed_from, "job_types": self._job_types, "limit": 1}
-            if exclusive_key is None or is_suspect:
-                rows = storage.claim(connection, runner=self._runner, suspects=is_suspect, **place)
-            else:
-                rows = storage.claim_exclusive(connection, runner=self._runner, keys=[exclusive_key], **place)
+        connection = plain_rows(self._connection)
+        storage.route(connection, {name: job.queue for name, job in self._jobs.items()})
+        rehearsal.ripen(connection, ahead_seconds=_ahead_seconds())
+        first = rehearsal.first_available(connection, queue=self._queue, job_types=self._job_types)
+        if first is None:
+            return None
+        self._claimed_from, is_suspect, exclusive_key = first
+        place: dict[str, Any] = {"queue": self._claimed_from, "job_types": self._job_types, "limit": 1}
+        if exclusive_key is None or is_suspect:
+            rows = storage.claim(connection, runner=self._runner, suspects=is_suspect, **place)
+        else:
+            rows = storage.claim_exclusive(connection, runner=self._runner, keys=[exclusive_key], **place)
         return rows[0] if rows else None
 
     def ripen_next(self) -> float | None:
         """Make the next job for later available, and say in how many seconds from now it is due."""
-        with plain_rows(self._connection) as connection:
-            return rehearsal.ripen_next(connection, queue=self._queue, job_types=self._job_types)
+        connection = plain_rows(self._connection)
+        return rehearsal.ripen_next(connection, queue=self._queue, job_types=self._job_types)
 
     def run(self, row: ClaimedJob) -> Ran:
         """Make this attempt, and write its outcome."""
@@ -141,18 +141,17 @@ class _Rehearsal:
                 f"or drain without testing.using"
             ) from ran.error
         entry = ledger.ended(self._runner, attempt, ran, ahead_seconds=_ahead_seconds())
-        with plain_rows(self._connection) as connection:
-            is_held = ledger.write(connection, entry)
-            if self._joined is not None:
-                self._joined.ended.append(entry)
-                if not is_held:
-                    ledger.write_again(connection, self._joined.ended)
+        connection = plain_rows(self._connection)
+        is_held = ledger.write(connection, entry)
+        if self._joined is not None:
+            self._joined.ended.append(entry)
+            if not is_held:
+                ledger.write_again(connection, self._joined.ended)
         return ran
 
     def give_back(self, row: ClaimedJob) -> None:
         """Let the job wait again, as if it had not been claimed."""
-        with plain_rows(self._connection) as connection:
-            storage.give_back(connection, [self._runner], [Fence(row.id, row.attempt)])
+        storage.give_back(plain_rows(self._connection), [self._runner], [Fence(row.id, row.attempt)])
 
     @contextlib.contextmanager
     def _shared(self, row: ClaimedJob) -> Iterator[None]:
@@ -160,28 +159,26 @@ class _Rehearsal:
         if self._joined is None:
             yield
             return
-        connection, claim = self._connection, rehearsal.Claim(row.id, self._runner)
-        with plain_rows(connection):
-            before = storage.transaction_id(connection)
-            mark = rehearsal.set_savepoint(connection, claim)
+        connection, claim = plain_rows(self._connection), rehearsal.Claim(row.id, self._runner)
+        before = storage.transaction_id(connection)
+        mark = rehearsal.set_savepoint(connection, claim)
         yield
         if connection.closed:
             raise DrainError(f"job {row.id} ({row.job_type}) closed the connection that the test is using")
-        with plain_rows(connection):
-            # A job that fails in the database and does not roll back has undone what it did, wherever it runs.
-            if is_aborted(connection):
-                try:
-                    rehearsal.back_to_savepoint(connection)
-                except errors.InvalidSavepointSpecification:
-                    connection.rollback()
-            if storage.transaction_id(connection) != before:
-                raise DrainError(
-                    f"job {row.id} ({row.job_type}) committed or rolled back the transaction that the test is using, "
-                    f"so that nothing is left to roll back at the end; give the job a session that joins the "
-                    f'transaction with savepoints, such as SQLAlchemy\'s join_transaction_mode="create_savepoint", or '
-                    f"drain without testing.using"
-                )
-            rehearsal.drop_savepoint(connection, claim, mark)
+        # A job that fails in the database and does not roll back has undone what it did, wherever it runs.
+        if is_aborted(connection):
+            try:
+                rehearsal.back_to_savepoint(connection)
+            except errors.InvalidSavepointSpecification:
+                connection.rollback()
+        if storage.transaction_id(connection) != before:
+            raise DrainError(
+                f"job {row.id} ({row.job_type}) committed or rolled back the transaction that the test is using, "
+                f"so that nothing is left to roll back at the end; give the job a session that joins the "
+                f'transaction with savepoints, such as SQLAlchemy\'s join_transaction_mode="create_savepoint", or '
+                f"drain without testing.using"
+            )
+        rehearsal.drop_savepoint(connection, claim, mark)
 
 
 def _ahead_seconds() -> float:
@@ -201,8 +198,7 @@ def _connection() -> Iterator[Connection]:
         )
     test = joined()
     if test is not None:
-        with plain_rows(test.connection):
-            ledger.write_again(test.connection, test.ended)
+        ledger.write_again(plain_rows(test.connection), test.ended)
         yield test.connection
         return
     settings = config.current()
@@ -219,9 +215,9 @@ def _connection() -> Iterator[Connection]:
 def _registered(connection: Connection) -> Iterator[int]:
     """Be a runner for the time of a drain, whose jobs others take back should the process die."""
     has_session = isinstance(connection, PlanningConnection) and connection.autocommit and not connection.is_pooled
-    with tables_needed(), plain_rows(connection):
+    with tables_needed():
         runner = storage.register_runner(
-            connection,
+            plain_rows(connection),
             hostname=socket.gethostname(),
             pid=os.getpid(),
             version=__version__,
@@ -233,5 +229,4 @@ def _registered(connection: Connection) -> Iterator[int]:
         yield runner
     finally:
         if not connection.closed and not is_aborted(connection):
-            with plain_rows(connection):
-                storage.end_runners(connection, [runner])
+            storage.end_runners(plain_rows(connection), [runner])

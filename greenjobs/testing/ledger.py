@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RUNNER_NAME = "greenjobs.testing"
+RUNNER_NAME = "greenjobs.testing"
+"""As which errors name the runner, where there is none."""
 
 
 class Ended(NamedTuple):
@@ -51,7 +52,7 @@ def ended(runner: int, attempt: Attempt, ran: Ran, *, ahead_seconds: float) -> E
         ran.outcome,
         keep_seconds(attempt.job.keep, row.options),
         _result_text(attempt, ran) if ran.outcome == "done" else None,
-        error_record(ran.error, ran.attempt, _RUNNER_NAME) if told and ran.error is not None else None,
+        error_record(ran.error, ran.attempt, RUNNER_NAME) if told and ran.error is not None else None,
         time.perf_counter() - attempt.started,
         row.waited,
     )
@@ -62,7 +63,7 @@ def write(connection: Connection, entry: Ended) -> bool:
     """Write the outcome as a runner does; False when the job is not held under this claim any more."""
     runners, fence, ran = [entry.runner], entry.fence, entry.ran
     if ran.outcome in ("failed", "retried") and ran.error is not None:
-        failure = Failure(fence, entry.runs_in, error_record(ran.error, ran.attempt, _RUNNER_NAME))
+        failure = Failure(fence, entry.runs_in, error_record(ran.error, ran.attempt, RUNNER_NAME))
         return bool(storage.fail(connection, runners, [failure]))
     if ran.outcome == "snoozed":
         return bool(storage.snooze(connection, runners, [Snoozed(fence, entry.runs_in or 0.0)]))

@@ -7,11 +7,9 @@ the test's process does on it in the meantime is undone as well.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psycopg2
 from psycopg2 import extensions, extras
@@ -43,15 +41,34 @@ class PlainCursor(extensions.cursor):
         extras.register_default_jsonb(self)
 
 
-@contextlib.contextmanager
-def plain_rows(connection: Connection) -> Iterator[Connection]:
-    """Have the cursors of a connection return tuples, and JSON as Python has it, whatever its owner has chosen."""
-    factory = connection.cursor_factory
-    connection.cursor_factory = PlainCursor
-    try:
-        yield connection
-    finally:
-        connection.cursor_factory = factory
+def plain_rows(connection: Connection) -> Connection:
+    """The connection, with cursors that return tuples, and JSON as Python has it, whatever its owner has chosen.
+
+    It is left as it is: the threads of a live server may use it at the same time.
+    """
+    return cast("Connection", _PlainRows(connection))
+
+
+class _PlainRows:
+    __slots__ = ("__weakref__", "_connection")
+
+    _connection: Connection
+
+    def __init__(self, connection: Connection) -> None:
+        object.__setattr__(self, "_connection", connection)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._connection)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._connection, name, value)
+
+    def cursor(self, name: str | None = None, cursor_factory: Any = PlainCursor, **options: Any) -> Any:
+        return self._connection.cursor(name, cursor_factory=cursor_factory, **options)
 
 
 class SharedPool:
@@ -154,8 +171,7 @@ class SharedConnection:
         if is_aborted(self._connection):
             self._undo()
         else:
-            with plain_rows(self._connection):
-                rehearsal.drop_savepoint(self._connection, self._claim, self._mark, self._name)
+            rehearsal.drop_savepoint(plain_rows(self._connection), self._claim, self._mark, self._name)
         self._begin()
 
     def rollback(self) -> None:
@@ -176,13 +192,12 @@ class SharedConnection:
             logger.debug("rolling back failed: %s", error)
 
     def _begin(self) -> None:
-        with plain_rows(self._connection):
-            self._mark = rehearsal.set_savepoint(self._connection, self._claim, self._name)
+        self._mark = rehearsal.set_savepoint(plain_rows(self._connection), self._claim, self._name)
 
     def _undo(self) -> None:
-        with plain_rows(self._connection):
-            rehearsal.back_to_savepoint(self._connection, self._name)
-            rehearsal.forget_savepoint(self._connection, self._name)
+        connection = plain_rows(self._connection)
+        rehearsal.back_to_savepoint(connection, self._name)
+        rehearsal.forget_savepoint(connection, self._name)
 
     def _require_open(self) -> None:
         if self.closed:

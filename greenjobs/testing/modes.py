@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from greenjobs import config, current, lending, pool, storage
 from greenjobs.current import lender
+from greenjobs.error_record import error_record
 from greenjobs.errors import JobNotEnded, OptionError
 from greenjobs.handle import Action, JobHandle
 from greenjobs.history import Look, Status
@@ -54,6 +55,10 @@ class _Stage:
     @property
     def is_unseen(self) -> bool:
         return self.outer is not None and self.outer.is_unseen
+
+    @property
+    def runs_at_once(self) -> bool:
+        return self.outer is not None and self.outer.runs_at_once
 
     def job_pool(self, settings: config.Settings) -> lending.JobPool:
         return lending.job_pool(settings) if self.outer is None else self.outer.job_pool(settings)
@@ -95,6 +100,8 @@ def _entered(stage: _Stage) -> Iterator[None]:
 
 class Inline(_Stage):
     """Jobs run where they are enqueued. `ran` has every attempt that has ended, `jobs` what was enqueued."""
+
+    runs_at_once = True
 
     def __init__(self, *, raise_errors: bool, context: Any) -> None:
         super().__init__()
@@ -154,7 +161,7 @@ class _EndedHandle(_NowhereHandle):
         return Look(
             _STATUS_AFTER.get(self._ran.outcome) or cast("Status", self._ran.outcome),
             self.job_type,
-            None if error is None else {"error": type(error).__qualname__, "message": str(error)},
+            None if error is None else error_record(error, self._ran.attempt, ledger.RUNNER_NAME),
         )
 
     def cancel(self) -> Literal["removed", "asked", "gone"]:
@@ -186,6 +193,8 @@ class _Recorded:
 
 class Recording(_Stage):
     """Jobs are neither run nor stored. `jobs` has those that were enqueued and not cancelled, the oldest first."""
+
+    runs_at_once = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,6 +286,7 @@ class _Joined(_Stage):
 
     stores = True
     is_unseen = True
+    runs_at_once = False
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
@@ -294,8 +304,7 @@ class _Joined(_Stage):
         """By how much the clock is ahead of the transaction, where it is always the time of its beginning."""
         if ledger.is_aborted(self.connection):
             return 0.0
-        with plain_rows(self.connection) as connection:
-            return rehearsal.elapsed(connection)
+        return rehearsal.elapsed(plain_rows(self.connection))
 
     def lender(self, settings: config.Settings) -> Any:
         return _Lender(self)
@@ -310,9 +319,9 @@ class _Lender:
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[Connection]:
-        with plain_rows(self.of.connection) as connection:
-            ledger.write_again(connection, self.of.ended)
-            yield connection
+        connection = plain_rows(self.of.connection)
+        ledger.write_again(connection, self.of.ended)
+        yield connection
 
 
 @contextlib.contextmanager
@@ -373,7 +382,7 @@ class Clock(_Stage):
         """Move it forward by a timedelta, or by `days`, `hours`, `minutes`, `seconds` and so on, as a timedelta has."""
         try:
             moved = timedelta(**units) + (timedelta() if step is None else step)
-        except TypeError:
+        except (TypeError, ValueError, OverflowError):
             raise OptionError(f"the clock is moved by {step or units!r}; allowed: a timedelta, or its units") from None
         if moved < timedelta():
             raise OptionError(f"the clock is moved by {moved}; allowed: forward only")

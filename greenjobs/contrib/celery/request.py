@@ -13,10 +13,19 @@ if TYPE_CHECKING:
     from greenjobs.contrib.celery.task import Task
 
 
+# What a message of Celery's has besides.
+_OF_MESSAGES = frozenset(
+    [
+        *("argsrepr", "callbacks", "chain", "chord", "errbacks", "group_index", "ignore_result", "kwargsrepr", "lang"),
+        *("origin", "properties", "replaced_task_nesting", "reply_to", "shadow", "stamps", "timelimit", "utc"),
+    ]
+)
+
+
 @dataclass(slots=True)
 class Request:
     """One call of a task. Of one that runs in a runner, `id` is that of the job, as a text, and all arguments are in
-    `kwargs`, by name, but for those that can only be passed by position.
+    `kwargs`, by name, but for those that can only be passed by position. Headers are attributes, too, as in Celery.
     """
 
     id: str | None = None
@@ -42,8 +51,16 @@ class Request:
         """The id."""
         return self.id
 
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            if name in self.headers:
+                return self.headers[name]
+            if name in _OF_MESSAGES:
+                return None
+        raise AttributeError(f"the request of a task has no {name!r}")
+
     def get(self, name: str, default: Any = None) -> Any:
-        """The attribute of that name."""
+        """The attribute, or the header, of that name."""
         return getattr(self, name, default)
 
 

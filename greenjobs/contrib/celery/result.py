@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from greenjobs.contrib.celery import states
-from greenjobs.contrib.celery.exceptions import TaskRevokedError, TimeoutError, Unsupported
+from greenjobs.contrib.celery.exceptions import TaskRevokedError, TimeoutError, Unsupported, no_attribute
 from greenjobs.contrib.celery.request import attempt_here
 from greenjobs.errors import JobFailed, JobNotEnded, NoResult, OptionError
 from greenjobs.handle import JobHandle
@@ -27,6 +29,16 @@ _STATES = {
     "failed": states.FAILURE,
     "cancelled": states.REVOKED,
     "expired": states.REVOKED,
+}
+
+_CHAINS = "`.parent` has the result of the task before, and `link` and chain enqueue what comes next"
+_NOT_HERE = {
+    **dict.fromkeys(
+        ("children", "collect", "iterdeps", "get_leaf", "graph", "build_graph", "as_list", "as_tuple"), _CHAINS
+    ),
+    **dict.fromkeys(("args", "kwargs", "queue", "worker"), "greenjobs.jobs.get(int(result.id)) has all of the job"),
+    **dict.fromkeys(("then", "on_ready"), "use link=…, or on_success of the task"),
+    **dict.fromkeys(("backend", "supports_native_join"), "results are rows in PostgreSQL: greenjobs.jobs"),
 }
 
 _WAITING_INSIDE = (
@@ -73,6 +85,9 @@ class AsyncResult:
 
     def __hash__(self) -> int:
         return hash(self._handle.id)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        no_attribute(self, name, _NOT_HERE)
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -133,6 +148,15 @@ class AsyncResult:
         """How often it was retried; None when it is gone."""
         stored = self._stored()
         return None if stored is None else stored.retries
+
+    @property
+    def date_done(self) -> datetime | None:
+        """When it ended; None of one that has not, or is gone."""
+        stored = self._stored()
+        if stored is None or stored.state in ("scheduled", "available", "running"):
+            return None
+        ended: datetime | None = getattr(stored, "ended_at", None)  # that of one that has failed is with its error
+        return ended or next((datetime.fromisoformat(each["at"]) for each in stored.errors[-1:]), None)
 
     def ready(self) -> bool:
         """Whether it has ended: done, failed for good, revoked or ignored."""
@@ -237,6 +261,8 @@ class AsyncResult:
     def _stored(self) -> StoredJob | FinishedJob | None:
         from greenjobs import jobs  # it needs psycopg2
 
+        if type(self._handle) is not JobHandle:  # that of a test, whose job is in no database
+            return None
         return jobs.get(self._handle.id)
 
     def _said(self) -> dict[str, Any] | None:
@@ -303,6 +329,10 @@ class EagerResult(AsyncResult):
     def traceback(self) -> str | None:
         """That of the exception."""
         return self._traceback
+
+    @property
+    def date_done(self) -> None:
+        """Not kept."""
 
     def ready(self) -> bool:
         """It is."""
@@ -417,8 +447,14 @@ def _raised(error: Any, propagate: bool) -> Any:
 def _rebuilt(error: JobFailed) -> BaseException:
     """The error of a task, where its class is one of Python's; else what says which it was."""
     known = getattr(builtins, error.error or "", None)
-    if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, UnicodeError):
-        rebuilt = known(error.message)
-        rebuilt.__cause__ = error
-        return rebuilt
-    return error
+    if not isinstance(known, type) or not issubclass(known, Exception):
+        return error
+    message: Any = error.message
+    try:
+        if known is KeyError:  # the text of which is the repr of the key
+            message = ast.literal_eval(str(message))
+        rebuilt: Exception = known(message)
+    except (SyntaxError, ValueError, TypeError):  # such as UnicodeError and ExceptionGroup, which are made of more
+        return error
+    rebuilt.__cause__ = error
+    return rebuilt

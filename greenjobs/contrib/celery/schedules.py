@@ -15,6 +15,15 @@ from greenjobs.cron import Timetable
 
 __all__ = ["crontab", "schedule", "solar", "timetable"]
 
+# The least and the most of minutes, hours, days of the month, months, and days of the week.
+_BOUNDS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
+_NAMES = {
+    **{name: day for day, name in enumerate(("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"))},
+    **dict(zip(("JAN", "FEB", "MAR", "APR", "MAY", "JUN"), range(1, 7), strict=True)),
+    **dict(zip(("JUL", "AUG", "SEP", "OCT", "NOV", "DEC"), range(7, 13), strict=True)),
+}
+
+_RANGE = re.compile(r"(\w+)-(\w+)(?:/(\d+))?")
 _WORD = re.compile(r"[A-Za-z]+")
 _MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
 
@@ -58,7 +67,8 @@ class crontab:
         month_of_year: int | str | Iterable[int] = "*",
         **_: Any,
     ) -> None:
-        self._fields = tuple(_field(each) for each in (minute, hour, day_of_month, month_of_year, day_of_week))
+        given = (minute, hour, day_of_month, month_of_year, day_of_week)
+        self._fields = tuple(_field(each, *bounds) for each, bounds in zip(given, _BOUNDS, strict=True))
 
     @classmethod
     def from_string(cls, expression: str) -> crontab:
@@ -107,10 +117,25 @@ def timetable(name: str, when: object, timezone: str) -> Timetable:
         raise ImproperlyConfigured(f"the schedule {name!r}: {error}") from None
 
 
-def _field(given: int | str | Iterable[int]) -> str:
+def _field(given: int | str | Iterable[int], first: int, last: int) -> str:
     if isinstance(given, str):
         # Celery reads names by their first three letters.
-        return _WORD.sub(lambda word: word[0][:3].upper(), "".join(given.split()))
+        text = _WORD.sub(lambda word: word[0][:3].upper(), "".join(given.split()))
+        return ",".join(_range(part, first, last) for part in text.split(","))
     if isinstance(given, Iterable):
         return ",".join(str(each) for each in sorted(given))
     return str(given)
+
+
+def _range(part: str, first: int, last: int) -> str:
+    """A range that ends before it begins, such as 22-2, which Celery takes around and cron has not, as the values that
+    it has; and one of a single value, whose step cron would take for one until the end."""
+    found = _RANGE.fullmatch(part)
+    if found is None:
+        return part
+    ends = [_NAMES.get(end, int(end) if end.isdecimal() else -1) for end in found.groups()[:2]]
+    begin, end, step = *ends, int(found[3] or 1)
+    if begin < end or not step or not all(first <= each <= last for each in ends):
+        return part  # as it is, or for whoever reads the expression to refuse
+    values = [begin] if begin == end else [*range(begin, last + 1), *range(first, end + 1)]
+    return ",".join(map(str, values[::step]))

@@ -7,6 +7,7 @@ retry. So its job is tried again for nothing but that.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import random
@@ -17,10 +18,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from greenjobs import config
+from greenjobs import config, current
 from greenjobs.contrib.celery import options as opts
 from greenjobs.contrib.celery import states
-from greenjobs.contrib.celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry, Unsupported
+from greenjobs.contrib.celery.exceptions import (
+    Ignore,
+    MaxRetriesExceededError,
+    Reject,
+    Retry,
+    Unsupported,
+    no_attribute,
+)
 from greenjobs.contrib.celery.request import Request, attempt_here, entered, request_of
 from greenjobs.contrib.celery.task_job import carrying, limit_retries
 from greenjobs.control import Snooze
@@ -29,6 +37,7 @@ from greenjobs.errors import OptionError
 from greenjobs.progress import LONGEST_MESSAGE
 
 if TYPE_CHECKING:
+    from greenjobs.call import Call
     from greenjobs.contrib.celery.app import Celery
     from greenjobs.contrib.celery.canvas import Signature
     from greenjobs.contrib.celery.result import AsyncResult, EagerResult
@@ -42,6 +51,12 @@ _DEFAULT_RETRY_DELAY = 180
 
 # A rejected task that is to be run again is not spun with.
 _REQUEUE_SECONDS = 1
+
+_OF_BROKERS = "the database is the broker here: greenjobs.connection(), greenjobs.jobs"
+_NOT_HERE = {
+    **dict.fromkeys(("backend", "send_event", "start_strategy", "Strategy", "add_trail"), _OF_BROKERS),
+    **dict.fromkeys(("push_request", "pop_request", "request_stack"), "in tests, use task.apply(args, retries=…)"),
+}
 
 _MANY = "enqueue many with task.job.delay_many([(1,), (2,)]), or with group(…)"
 
@@ -105,6 +120,9 @@ class Task:
     def __repr__(self) -> str:
         return f"<@task: {self.name} of {self.app.main}>"
 
+    def __getattr__(self, name: str) -> NoReturn:
+        no_attribute(self, name, _NOT_HERE)
+
     @property
     def request(self) -> Request:
         """The call that goes on here."""
@@ -125,14 +143,33 @@ class Task:
         """
         from greenjobs.contrib.celery.result import AsyncResult
 
-        args, kwargs = tuple(args or ()), dict(kwargs or {})
+        args, kwargs = opts.positional(self.name, args), dict(kwargs or {})
         if self.app.conf.task_always_eager:
-            # As a runner would have them, so that what cannot be stored is found out.
+            # So that what could not be enqueued, or not be stored, is found out.
+            self._call(args, kwargs, options)
             limit = config.current().max_payload_bytes
             args, kwargs = self.job.codec.decode(self.job.codec.encode(args, kwargs, max_bytes=limit))
             known = ("link", "headers", "retries")
             return self.apply(args, kwargs, **{name: options[name] for name in known if name in options})
-        return AsyncResult(self._enqueue(args, kwargs, options), app=self.app)
+        if current.stage is None or not current.stage.runs_at_once:
+            return AsyncResult(self._enqueue(args, kwargs, options), app=self.app)
+        # In a test that has jobs run inline there may be no database for what follows to be enqueued in.
+        self._call(args, kwargs, options)
+        link = options.pop("link", None)
+        result = AsyncResult(self._enqueue(args, kwargs, options), app=self.app)
+        for follower in _as_list(link) if result.successful() else ():
+            follower.apply_async((result.result,))
+        return result
+
+    def delay_on_commit(self, *args: Any, **kwargs: Any) -> None:
+        """Enqueue a call when Django commits the transaction that is open here; at once where none is."""
+        self.apply_async_on_commit(args, kwargs)
+
+    def apply_async_on_commit(self, *args: Any, **kwargs: Any) -> None:
+        """As delay_on_commit, with options."""
+        from django.db import transaction
+
+        transaction.on_commit(functools.partial(self.apply_async, *args, **kwargs))
 
     def apply(
         self,
@@ -155,7 +192,7 @@ class Task:
             request = Request(
                 id=id,
                 task=self.name,
-                args=tuple(args or ()),
+                args=opts.positional(self.name, args),
                 kwargs=dict(kwargs or {}),
                 retries=retries,
                 is_eager=True,
@@ -186,6 +223,20 @@ class Task:
         headers: Mapping[str, str] | None = None,
         **job_options: Any,
     ) -> JobHandle:
+        call, carried = self._call(args, kwargs, options, headers=headers, **job_options)
+        with carrying(carried):
+            return call.delay(*args, **kwargs)
+
+    def _call(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        *,
+        headers: Mapping[str, str] | None = None,
+        **job_options: Any,
+    ) -> tuple[Call[...], dict[str, str]]:
+        """A call of the job with these options, and the headers that it is to carry. Raises as apply_async."""
         from greenjobs.contrib.celery.canvas import followers_of
 
         options = dict(options)
@@ -200,9 +251,8 @@ class Task:
             carried |= {opts.PARENT: str(parent.id), opts.ROOT: str(parent.root_id)}
         given = {name: given[name] for name in given.keys() - opts.TASKS_OWN}
         routed = opts.routed(self.app.conf, self, args, kwargs, given)
-        call = self.job.options(**opts.job_options(self, routed, keep=self.keep_seconds(ignore_result)), **job_options)
-        with carrying(carried):
-            return call.delay(*args, **kwargs)
+        given = opts.job_options(self, routed, keep=self.keep_seconds(ignore_result))
+        return self.job.options(**given, **job_options), carried
 
     def own_options(self) -> dict[str, Any]:
         """What is said of every call, by the task or by the settings of its application."""
@@ -275,12 +325,14 @@ class Task:
         request = self.request
         if request.called_directly:
             raise exc or Retry("Task can be retried")
-        for name, given in {"args": args, "kwargs": kwargs, **options}.items():
-            if given is not None and not _is_same_call(name, given, request):
-                raise Unsupported(
-                    f"{self.name}: retry({name}=…) is not in greenjobs, where a job is retried as it is; enqueue "
-                    f"another one with apply_async(…), and return"
-                )
+        refused = [name for name, given in options.items() if given is not None]
+        if not _is_same_call(self, args, kwargs):
+            refused = ["kwargs" if args is None else "args"]
+        if refused:
+            raise Unsupported(
+                f"{self.name}: retry({refused[0]}=…) is not in greenjobs, where a job is retried as it is; enqueue "
+                f"another one with apply_async(…), and return"
+            ) from exc
         limit = self.max_retries if max_retries is None else max_retries
         if limit is not None and request.retries >= limit:
             if exc is not None:
@@ -452,11 +504,29 @@ def _backoff(task: Task) -> int:
     return random.randrange(countdown + 1) if task.retry_jitter else countdown
 
 
-def _is_same_call(name: str, given: Any, request: Request) -> bool:
-    """Whether what retry() was given says nothing new, as in retry(args=self.request.args)."""
-    if name == "args":
-        return tuple(given) == tuple(request.args)
-    return name == "kwargs" and dict(given) == dict(request.kwargs)
+def _is_same_call(task: Task, args: Any, kwargs: Any) -> bool:
+    """Whether what retry() was given says nothing new, as in retry(args=[order_id]) of the same order.
+
+    By whichever way the arguments came: those of the request are by name, and the application may have passed them by
+    position.
+    """
+    signature, request = inspect.signature(task.job.function), task.request
+    try:
+        present, *said = (
+            signature.bind(*request.args, **request.kwargs),
+            signature.bind_partial(*opts.positional(task.name, args)),
+            signature.bind_partial(**(kwargs or {})),
+        )
+    except TypeError:
+        return False
+    given = {name: value for each in said for name, value in each.arguments.items()}
+    present.apply_defaults()
+    if args is not None and kwargs is not None:  # that is all of it, and what is left out has its default
+        whole = signature.bind_partial()
+        whole.arguments.update(given)
+        whole.apply_defaults()
+        return whole.arguments == present.arguments
+    return all(present.arguments[name] == value for name, value in given.items())
 
 
 def _info(error: BaseException) -> ExceptionInfo:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from psycopg2 import extensions
-
 from greenjobs import config
 from greenjobs.contrib import addresses
+from greenjobs.pool import parameters_of
 
 __all__ = ["django_database"]
 
@@ -23,9 +22,9 @@ def django_database(database_url: str | None = None) -> dict[str, Any]:
     """A database of greenjobs, that of its settings if none is given, as an entry of DATABASES.
 
     For a project that names its database in a URL, or has the private `embedded:` one, the server of which is started.
-    Raises ConfigError and EmbeddedServerError.
+    Raises ConfigError, EmbeddedServerError, and DatabaseUnavailable where libpq could not read it.
     """
-    given = extensions.parse_dsn(addresses.for_libpq(database_url or config.load().require_database_url()))
+    given = parameters_of(addresses.for_libpq(database_url or config.load().require_database_url()))
     entry: dict[str, Any] = {"ENGINE": "django.db.backends.postgresql"}
     entry |= {key: given.pop(name) for name, key in _KEYS.items() if name in given}
     return {**entry, "OPTIONS": given} if given else entry

@@ -14,6 +14,16 @@ from greenjobs.job import registered_jobs
 
 def load_project() -> None:
     """Set Django up, and with it the jobs of all apps. Raises ConfigError, and whatever the project raises."""
+    set_up()
+    if not registered_jobs():
+        raise ConfigError(
+            f"no app in INSTALLED_APPS of {os.environ['DJANGO_SETTINGS_MODULE']} declares jobs; they are looked for in "
+            f"their jobs.py"
+        )
+
+
+def set_up() -> None:
+    """Set Django up, unless it is. Raises ConfigError where it cannot be found, and where our app is not one of its."""
     settings = os.environ["DJANGO_SETTINGS_MODULE"]
     folder = os.getcwd()
     if folder not in sys.path:
@@ -29,5 +39,3 @@ def load_project() -> None:
         ) from None
     if not apps.is_installed("greenjobs.contrib.django"):
         raise ConfigError(f'"greenjobs.contrib.django" is not in INSTALLED_APPS of {settings}; add it there')
-    if not registered_jobs():
-        raise ConfigError(f"no app in INSTALLED_APPS of {settings} declares jobs; they are looked for in their jobs.py")
