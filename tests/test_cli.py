@@ -229,7 +229,7 @@ def test_run_without_its_server_says_so_without_the_password(invoke: Invoke, pro
     line = _refused(invoke("run", "--database-url", url))
 
     assert "cannot connect to postgresql://ann:***@127.0.0.1" in line
-    assert "Is the server running" in line  # libpq says that in a line of its own
+    assert "; Is the server running" in line  # libpq says that in a line of its own
     assert "hunter2" not in line
 
 
