@@ -217,6 +217,31 @@ def test_wrong_pool_of_a_queue_names_the_queue(invoke: Invoke, project: Path, da
     assert line.startswith("greenjobs: the queue 'emails': pool is '0'")
 
 
+@pytest.mark.parametrize("options", [[], ["--processes", "1"]])
+def test_runner_whose_standard_streams_are_closed_runs(
+    project: Path, database: running.Database, options: list[str]
+) -> None:
+    """As some start daemons. What the job writes to where standard error was goes nowhere, and not to the database."""
+    processes.write_application(
+        project,
+        """
+        import os
+        from greenjobs import job
+
+        @job
+        def work():
+            print("said")
+            for number in (1, 2):
+                os.write(number, b"said" * 1000)
+        """,
+    )
+    _insert(database, "work")
+
+    command = " ".join(["exec greenjobs run --until-empty", *options, "<&- >&- 2>&-"])
+    assert processes.run("sh", "-c", command, folder=project, database_url=database.url) == ""
+    assert database.count() == 0
+
+
 def test_run_without_a_database_says_the_three_ways_to_name_one(invoke: Invoke, project: Path) -> None:
     line = _refused(invoke("run"))
 
