@@ -259,9 +259,9 @@ def raw_connection(given: Any) -> Connection:
     return connection
 
 
-def forget_if_broken(given: Any) -> None:
+def forget_if_broken(given: Any, error: BaseException | None = None) -> None:
     """After an error on the connection behind what a caller passed: let SQLAlchemy know, if it is its, and broken."""
-    alchemy.forget_if_broken(given)
+    alchemy.forget_if_broken(given, by_server=isinstance(error, psycopg2.Error))
 
 
 def connect(
