@@ -38,7 +38,8 @@ def queues_group(context: click.Context, /, as_json: bool, database_url: str | N
 @click.pass_context
 def list_command(context: click.Context, /, as_json: bool, database_url: str | None) -> None:
     """List the queues: what waits and runs in them, who serves them, which are paused or resized."""
-    before = context.parent.params if context.parent else {}
+    assert context.parent is not None  # the group
+    before = context.parent.params
     _list(as_json or before["as_json"], database_url or before["database_url"])
 
 

@@ -35,7 +35,8 @@ def schedules_group(context: click.Context, /, as_json: bool, database_url: str 
 @click.pass_context
 def list_command(context: click.Context, /, as_json: bool, database_url: str | None) -> None:
     """List the schedules: what they enqueue, when they run next, and when they ran last."""
-    before = context.parent.params if context.parent else {}
+    assert context.parent is not None  # the group
+    before = context.parent.params
     _list(as_json or before["as_json"], database_url or before["database_url"])
 
 
