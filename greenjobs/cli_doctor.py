@@ -112,7 +112,9 @@ def _print(findings: Iterable[Finding]) -> set[str]:
         counts[finding.level] += 1
         # click leaves colours out where the output is no terminal.
         level = click.style(finding.level.ljust(_LEVEL_WIDTH), fg=_COLOURS[finding.level])
-        click.echo(f"  {level}  {finding.name}: {finding.message}")
+        # libpq says it in several lines.
+        message = " ".join(line.strip() for line in finding.message.splitlines())
+        click.echo(f"  {level}  {finding.name}: {message}")
         if finding.remedy:
             click.echo(f"  {' ' * _LEVEL_WIDTH}  -> {finding.remedy}")
     click.echo(f"\n{', '.join(f'{count} {level}' for level, count in counts.items())}")

@@ -188,13 +188,16 @@ class _Handler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _answer(self) -> Answer:
-        path = urlsplit(self.path).path
+        try:
+            path = urlsplit(self.path).path
+        except ValueError as error:
+            return Answer.of({"error": f"that is no URL: {error}"}, HTTPStatus.BAD_REQUEST)
         return self.server.answer(Request(path.rstrip("/") or "/", self._is_from_here()))
 
     def _refuse(self) -> None:
         # What has been sent is read, lest the end of the connection overtakes the answer.
         length = self.headers.get("Content-Length", "0")
-        if length.isdigit():
+        if length.isdecimal():
             self.rfile.read(min(int(length), _MOST_UNWANTED_BYTES))
         self._send(Answer.of({"error": "only GET and HEAD: nothing can be changed here"}, 405), with_body=True)
 
@@ -204,7 +207,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.address.path is not None:
             return True
         host = self.headers.get("Host", "")
-        name = urlsplit(f"//{host}").hostname if host else ""
+        try:
+            name = urlsplit(f"//{host}").hostname if host else ""
+        except ValueError:
+            return False
         return (
             is_loopback(self.client_address[0])
             and (not name or is_loopback(name))

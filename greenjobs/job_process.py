@@ -211,8 +211,12 @@ class JobProcess:
     # --- the line -----------------------------------------------------------------------------------------------------
 
     def _say(self, message: Mapping[str, Any]) -> None:
-        with self._sending, contextlib.suppress(OSError):  # the runner is gone, which the other thread hears
-            self._connection.sendall(pack(message))
+        data = pack(message)
+        try:
+            with self._sending:
+                self._connection.sendall(data)
+        except OSError:  # the runner is gone; or a job has closed the line, of whose outcome nobody could hear
+            os._exit(1)
 
     def _listen(self) -> None:
         try:
@@ -385,33 +389,31 @@ def _outcome(attempt: Attempt, error: BaseException | None) -> Outcome:
 def _described(error: BaseException) -> dict[str, Any]:
     """The error, as far as JSON has it, for one like it to be made in the runner."""
     kind = type(error)
-    try:
-        text, trace = str(error), "".join(traceback.format_exception(error))
-    except Exception:  # its own __str__ may fail
-        text, trace = "", "".join(traceback.format_tb(error.__traceback__))
+    frames = "".join(traceback.format_tb(error.__traceback__))
     return {
         "module": kind.__module__,
         "type": kind.__qualname__,
-        "message": text,
-        "traceback": trace,
-        "args": [each if _is_plain(each) else _shown(each) for each in error.args],
-        "state": {name: value for name, value in vars(error).items() if _is_plain(value)},
+        "message": _or(lambda: str(error), ""),
+        "traceback": _or(lambda: "".join(traceback.format_exception(error)), frames),
+        "args": _or(lambda: [each if _is_plain(each) else _shown(each) for each in error.args], []),
+        "state": _or(lambda: {name: value for name, value in vars(error).items() if _is_plain({name: value})}, {}),
     }
 
 
 def _shown(value: object) -> str:
-    try:
-        return repr(value)
-    except Exception:
-        return f"<{type(value).__name__} that cannot be shown>"
+    return str(_or(lambda: repr(value), f"<{type(value).__name__} that cannot be shown>"))
 
 
 def _is_plain(value: object) -> bool:
+    return bool(_or(lambda: json.dumps(value), ""))
+
+
+def _or(look: Callable[[], Any], instead: Any) -> Any:
+    """What it answers; or something else, where code of the application's, which it calls, raises whatever it may."""
     try:
-        json.dumps(value)
-    except Exception:  # also a value that fails while it is looked at
-        return False
-    return True
+        return look()
+    except BaseException:
+        return instead
 
 
 def _cancel_statements() -> None:

@@ -290,7 +290,9 @@ def connect(
                 connection.close()
                 raise
     except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
-        raise DatabaseUnavailable(f"cannot connect to {redact(database_url)}: {str(error).strip()}") from error
+        # A line for each address that was tried, and hints on lines of their own; whoever reads them may read lines.
+        why = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise DatabaseUnavailable(f"cannot connect to {redact(database_url)}: {why}") from error
     return connection
 
 

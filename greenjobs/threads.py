@@ -219,6 +219,8 @@ class _Thread:
         self.ident = _get_ident()
         hub = gevent.get_hub()
         hub.handle_error = functools.partial(self._note_error, hub.handle_error)  # type: ignore[method-assign]
+        # sys.exit() in a greenlet that the job has made ends that alone: the main greenlet here has to go on.
+        hub.handle_system_error = lambda *error: None  # type: ignore[method-assign]
         programs.watch_by(self._runners_loop, hub)
         self._end: Waiter[None] = Waiter(hub)
         bell = hub.loop.async_()

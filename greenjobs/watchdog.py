@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _TURNS = 4
 _LONGEST_INTERVAL_SECONDS = 0.25
 
+# More often it would cost more than it is worth.
+_SHORTEST_INTERVAL_SECONDS = 0.005
+
 # The largest lag of so long is remembered.
 _LAG_MEMORY_SECONDS = 60.0
 
@@ -49,6 +52,8 @@ class Held:
     attempt: Attempt | None
     began: float
     stack: str
+    seen: float = 0.0
+    """When it was seen to hold it last."""
     is_told: bool = False
 
     @property
@@ -77,7 +82,8 @@ class Watchdog:
         """How often jobs of a type have held the loop for longer than that; None: something else, or it is unknown."""
         self._find = find
         self._on_held = on_held
-        self._interval = min(max_blocking / _TURNS or _LONGEST_INTERVAL_SECONDS, _LONGEST_INTERVAL_SECONDS)
+        interval = min(max_blocking / _TURNS or _LONGEST_INTERVAL_SECONDS, _LONGEST_INTERVAL_SECONDS)
+        self._interval = max(interval, _SHORTEST_INTERVAL_SECONDS)
         self._beat = 0.0
         self._lag = 0.0
         self._peaks: deque[tuple[float, float]] = deque()
@@ -206,11 +212,16 @@ class Watchdog:
             attempt, outermost = found
             # It has run on its own since it started, or let others run until about the last turn.
             began = max(attempt.started, beat)
-        known = self._open[-1] if self._open else None
+        known, now = self._open[-1] if self._open else None, time.perf_counter()
+        if known is not None:
+            if known.attempt is attempt:
+                known.seen = now
+                return
+            began = max(began, known.seen)
         # Several jobs may have had their turn since the loop's last one: it takes one that holds it by itself.
-        if time.perf_counter() - began < self.max_blocking or (known is not None and known.attempt is attempt):
+        if now - began < self.max_blocking:
             return
-        held = Held(attempt, began, _stack_below(outermost, frame))
+        held = Held(attempt, began, _stack_below(outermost, frame), now)
         del frame, outermost, found
         with self._lock:
             if self._beat != beat:  # it went on meanwhile

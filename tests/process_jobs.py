@@ -156,6 +156,29 @@ def fail_with_the_unspeakable() -> None:
     raise ValueError(Unspeakable())
 
 
+class Obstinate(Exception):
+    """An error that answers to nothing."""
+
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+    @property
+    def args(self) -> Any:
+        raise RuntimeError("not for anybody's eyes")
+
+
+@job(executor="process", max_retries=0)
+def fail_obstinately() -> None:
+    error = Obstinate()
+    error.__dict__[1, 2] = "no name"
+    raise error
+
+
+@job(executor="process", max_retries=0)
+def close_everything() -> None:
+    os.closerange(3, 1000)
+
+
 @job(executor="process", discard_on=PartnerDown)
 def be_discarded() -> None:
     raise PartnerDown("partner", since=7)

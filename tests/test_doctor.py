@@ -264,6 +264,17 @@ def test_output_that_is_no_terminal_has_no_colours(warned: str) -> None:
     assert "\x1b" not in doctor("--only", "failed jobs", url=warned)
 
 
+def test_each_check_has_one_line_whatever_libpq_says() -> None:
+    output = doctor("--only", "connection", url="postgresql://127.0.0.1:1/jobs", status=1)
+    assert [line.strip().split()[:2] for line in output.splitlines()] == [
+        ["database"],
+        ["fail", "connection:"],
+        ["->", "start"],
+        [],
+        ["0", "ok,"],
+    ]
+
+
 def test_terminal_has_colours(warned: str) -> None:
     result = CliRunner().invoke(main, ["doctor", "--database-url", warned, "--only", "failed jobs"], color=True)
     assert "\x1b[33mwarn" in result.output

@@ -236,7 +236,12 @@ def test_mistake_of_ours_is_logged_and_not_shown(server: Server, caplog: pytest.
 
 @pytest.mark.parametrize(
     ("sent", "said"),
-    [(b"nonsense\r\n\r\n", b"Bad request"), (b"GET /" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n", b" 414 ")],
+    [
+        (b"nonsense\r\n\r\n", b"Bad request"),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n", b" 414 "),
+        (b"GET http://[ HTTP/1.0\r\n\r\n", b" 400 "),
+        (b"POST /hello HTTP/1.0\r\nContent-Length: \xb2\r\n\r\n", b" 405 "),
+    ],
 )
 def test_what_is_no_request_is_refused(server: Server, sent: bytes, said: bytes) -> None:
     with server.address.connect(PATIENCE_SECONDS) as connection:
@@ -254,7 +259,7 @@ def test_clients_that_say_nothing_keep_nobody_out(server: Server) -> None:
         assert silent[0].recv(1) == b""  # the first has made room
 
 
-@pytest.mark.parametrize("host", ["evil.example.org", "evil.example.org:9600", "10.1.2.3"])
+@pytest.mark.parametrize("host", ["evil.example.org", "evil.example.org:9600", "10.1.2.3", "[::1"])
 def test_browser_that_was_led_here_is_not_from_here(server: Server, host: str) -> None:
     answer = requests.get(url(server, "/hello"), headers={"Host": host}, timeout=PATIENCE_SECONDS)
     assert answer.json() == {"from_here": False}

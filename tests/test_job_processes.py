@@ -219,6 +219,10 @@ def test_error_that_cannot_be_shown_ends_no_process(database: running.Database) 
     assert error_of(process_jobs.fail_with_the_unspeakable.delay()).startswith("ValueError: ")
 
 
+def test_error_whose_code_fails_is_recorded_all_the_same(database: running.Database) -> None:
+    assert error_of(process_jobs.fail_obstinately.delay()).startswith("Obstinate: <")  # each Python says it otherwise
+
+
 def test_policy_of_the_job_decides_there(database: running.Database, ended: list[events.AttemptEnded]) -> None:
     process_jobs.be_discarded.delay()
     eventually(lambda: [each.outcome for each in ended] == ["discarded"], "not discarded", seconds=60)
@@ -340,6 +344,12 @@ def test_death_of_a_process_fails_only_the_attempt_in_it(
 def test_death_is_a_failed_attempt_up_to_max_retries(database: running.Database) -> None:
     assert re.fullmatch(
         r"JobProcessDied: its process \d+ ended with status 9", error_of(process_jobs.die_for_good.delay())
+    )
+
+
+def test_job_that_closes_the_line_to_the_runner_fails(database: running.Database) -> None:
+    assert re.fullmatch(
+        r"JobProcessDied: its process \d+ ended with status 1", error_of(process_jobs.close_everything.delay())
     )
 
 

@@ -212,6 +212,23 @@ def test_program_that_a_thread_has_started_is_talked_to_and_ended(database: runn
     assert seen == ["x" * 200_000, -signal.SIGTERM]
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, SystemError])
+def test_error_in_a_greenlet_of_the_job_ends_no_thread(
+    database: running.Database, ended: list[events.AttemptEnded], error: type[BaseException]
+) -> None:
+    @job(executor="thread")
+    def work() -> None:
+        def fail() -> None:
+            raise error
+
+        gevent.spawn(fail).join()
+        gevent.sleep(0.01)
+
+    work.delay()
+    running.work_off(work)
+    assert [each.outcome for each in ended] == ["done"]
+
+
 def test_context_and_thread_locals_are_fresh_for_each_job(database: running.Database) -> None:
     variable: ContextVar[str] = ContextVar("variable", default="unset")
     local = threading.local()

@@ -231,7 +231,7 @@ def test_each_of_those_that_hold_it_one_after_the_other_is_named(
 
 
 def test_many_short_ones_are_not_blamed_on_one(seen: list[events.LoopHeld], caplog: pytest.LogCaptureFixture) -> None:
-    """By the watchdog itself, as no job is short on a machine that stands still: its look meets one that just began."""
+    """By the watchdog itself, as no job is short on a machine that stands still: each look meets a new one."""
 
     def find(frame: FrameType) -> Any:
         return SimpleNamespace(started=time.perf_counter()), frame
@@ -322,6 +322,24 @@ def test_stack_is_never_empty_where_something_was_seen() -> None:
     lines = watchdog._stack_below(here, here).splitlines()
     assert "in test_stack_is_never_empty_where_something_was_seen" in lines[0]
     assert len(lines) == 2
+
+
+def test_what_comes_for_a_moment_after_a_job_is_not_blamed_for_the_time_of_that() -> None:
+    """A job that held the loop has ended, and the loop has not had its turn yet."""
+    attempt: Any = SimpleNamespace(started=0.0, row=SimpleNamespace(id=1, job_type="block"), place=None, number=1)
+    found = [(attempt, sys._getframe()), None]
+    dog = watchdog.Watchdog(60.0, find=lambda frame: found.pop(0), on_held=lambda job_type: None)
+    dog._quiet["block"] = time.perf_counter() + 60.0, 0
+    dog._loop_thread, dog._beat = HERE, time.perf_counter() - 100.0
+    dog._look(dog._beat)
+    dog._look(dog._beat)
+    assert found == []
+    assert [held.attempt for held in dog._open] == [attempt]
+
+
+def test_loop_is_not_kept_busy_by_looks_at_it() -> None:
+    dog = watchdog.Watchdog(0.000_01, find=lambda frame: None, on_held=lambda job_type: None)
+    assert dog._interval == 0.005
 
 
 def test_peaks_are_those_of_the_last_minute_only(monkeypatch: pytest.MonkeyPatch) -> None:
