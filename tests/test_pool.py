@@ -208,7 +208,7 @@ def test_pool_closed_while_a_connection_is_lent_closes_it_when_it_comes_back(poo
 def test_why_it_could_not_connect_is_on_one_line() -> None:
     """Also where several hosts were tried: it is part of a line of a log, or of a terminal."""
     one, two = processes.free_port(), processes.free_port()
-    pool = _impatient(f"postgresql://127.0.0.1:{one},127.0.0.1:{two}/shop")
+    pool = _of_one(f"postgresql://127.0.0.1:{one},127.0.0.1:{two}/shop")
     with pytest.raises(DatabaseUnavailable, match=rf"cannot connect to .*; .*port {two}") as raised:
         _backend(pool)
 
