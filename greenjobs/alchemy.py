@@ -60,17 +60,22 @@ def takes_statements(given: Any, bind: Any = None) -> bool:
     return True
 
 
-def forget_if_broken(given: Any) -> None:
+def forget_if_broken(given: Any, *, by_server: bool) -> None:
     """After an error of ours: where the driver's connection behind this has broken, have SQLAlchemy forget it, as it
     would have done after an error of its own. Otherwise it fails to roll back there when a request ends, and the scoped
-    session stays. Nothing for anything else; raises nothing, for the error comes first.
+    session stays. Where it was the server, it forgets all of its pool that are as old, which will be as broken. Nothing
+    for anything else; raises nothing, for the error comes first.
     """
     failures = sys.modules.get("sqlalchemy.exc")
     if failures is None:
         return
     with contextlib.suppress(failures.SQLAlchemyError):
         connection = _connection_of(given)
-        if connection is not None and _driver_connection_of(connection).closed:
+        if connection is None or not _driver_connection_of(connection).closed:
+            return
+        if by_server:
+            connection.exec_driver_sql("SELECT 1")  # which finds out, and is not sent
+        else:
             connection.invalidate()
 
 

@@ -177,8 +177,8 @@ class Call(Generic[P]):
                 try:
                     two_phases = alchemy.is_in_two_phases(given)
                     enqueued = storage.enqueue_inside(connection, batches, in_two_phases=two_phases)
-                except BaseException:
-                    pool.forget_if_broken(given)
+                except BaseException as error:
+                    pool.forget_if_broken(given, error)
                     raise
             else:
                 with lender(settings).connection() as connection, pool.bounded(settings.enqueue_timeout):
@@ -193,9 +193,10 @@ class Call(Generic[P]):
                 ) from error
             if code != _UNDEFINED_TABLE:
                 raise
+            place = connection.info
             raise SchemaError(
-                f"{self._job.name} was not enqueued: the tables of greenjobs are not in this database, or not in a "
-                f"schema of its search_path; type `greenjobs migrate`"
+                f"{self._job.name} was not enqueued: the tables of greenjobs are not in the database {place.dbname!r} "
+                f"on {place.host!r}, or not in a schema of its search_path; type `greenjobs migrate`"
             ) from error
         name = self._job.name
         handles = [JobHandle(id, name, action != "enqueued", action) for id, action in enqueued]

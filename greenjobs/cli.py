@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -10,12 +11,12 @@ from dataclasses import asdict
 
 import click
 
-from greenjobs import counts, grants, inspection, migrate, pool
+from greenjobs import counts, grants, inspection, migrate, pool, storage
 from greenjobs.cli_counts import counts_command, print_rates
 from greenjobs.cli_doctor import doctor_command
 from greenjobs.cli_health import health_command
 from greenjobs.cli_jobs import jobs_group
-from greenjobs.cli_options import apply_migrations, configure, plain_errors, setting_options
+from greenjobs.cli_options import apply_migrations, configure, on_one_line, plain_errors, setting_options
 from greenjobs.cli_queues import print_changed_queues, queues_group
 from greenjobs.cli_run import run_command
 from greenjobs.cli_schedules import schedules_group
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 @click.version_option(__version__, prog_name="greenjobs")
 def main() -> None:
     """Background jobs for synchronous Python, in PostgreSQL, on gevent."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot print is better than none at all
 
 
 main.add_command(counts_command)
@@ -54,6 +57,8 @@ main.add_command(schedules_group)
 def migrate_command(check: bool, sql: bool, grant_texts: tuple[str, ...], **arguments: str | None) -> None:
     """Bring the tables up to date. Any number of processes may do it at once; again is harmless."""
     with plain_errors():
+        if check and sql:
+            raise ConfigError("--check looks at a database, and --sql prints what is the same for all; leave one out")
         wanted = grants.parse(grant_texts)
         if wanted and (check or sql):
             raise ConfigError("--grant changes the database, which neither --check nor --sql does; leave one out")
@@ -89,7 +94,7 @@ def status(as_json: bool, **arguments: str | None) -> None:
     """Show the queues, how much waits in them, how fast it goes, the live runners, and what waits for none of these."""
     with plain_errors():
         settings = configure(arguments)
-        with pool.shared_pool(settings).connection() as connection:
+        with pool.shared_pool(settings).connection() as connection, storage.patiently(connection):
             later = migrate.require_current(connection)
             queues = inspection.queue_statuses(connection)
             runners = inspection.live_runners(connection)
@@ -124,7 +129,7 @@ def _print_status(
         oldest = queue.oldest_waiting_seconds
         rows.append(
             (
-                queue.queue or "(none yet)",
+                on_one_line(queue.queue or "(none yet)"),
                 str(queue.available),
                 str(queue.running),
                 str(queue.scheduled),
@@ -149,7 +154,7 @@ def _print_status(
         click.echo()
         click.echo("waiting, and no live runner knows the job type:")
     for job_type in unknown:
-        click.echo(f"  {job_type.job_type}: {job_type.count}")
+        click.echo(f"  {on_one_line(job_type.job_type)}: {job_type.count}")
 
 
 def _slots(options: Mapping[str, float]) -> str:

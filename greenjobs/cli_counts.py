@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import click
 
-from greenjobs import counts, migrate, pool
-from greenjobs.cli_options import configure, plain_errors, setting_options
+from greenjobs import counts
+from greenjobs.cli_options import migrated_database, on_one_line, setting_options
 
 
 @click.command("counts")
@@ -21,9 +21,7 @@ def counts_command(
     since: str, queue: tuple[str, ...], job_type: tuple[str, ...], as_json: bool, database_url: str | None
 ) -> None:
     """Show how many jobs of each queue and type ended how, and how long they ran and waited."""
-    with plain_errors():
-        with pool.shared_pool(configure({"database_url": database_url})).connection() as connection:
-            migrate.require_current(connection)
+    with migrated_database(database_url):
         totals = counts.totals(since=since, queue=queue or None, job_type=job_type or None)
     if as_json:
         click.echo(json.dumps([total.as_dict() for total in totals], indent=2))
@@ -32,7 +30,7 @@ def counts_command(
     rows: list[tuple[str, ...]] = [("queue", "type", *outcomes, "run", "waited")]
     for total in totals:
         ended = [str(getattr(total, outcome)) for outcome in outcomes]
-        rows.append((total.queue, total.job_type or "", *ended, *_means(total)))
+        rows.append((on_one_line(total.queue), on_one_line(total.job_type or ""), *ended, *_means(total)))
     _print_table(rows, names=2)
 
 
@@ -43,7 +41,7 @@ def print_rates(rates: Sequence[counts.Total]) -> None:
     rows = [(f"last {counts.RATE_MINUTES} minutes", "done/min", "failed/min", "run", "waited")]
     for rate in rates:
         per_minute = (f"{rate.done_per_minute:.1f}", f"{rate.failed_per_minute:.1f}")
-        rows.append((rate.queue, *per_minute, *_means(rate)))
+        rows.append((on_one_line(rate.queue), *per_minute, *_means(rate)))
     _print_table(rows, names=1)
     click.echo()
 

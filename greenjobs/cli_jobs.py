@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 import click
 
-from greenjobs import jobs, migrate, pool
-from greenjobs.cli_options import Command, configure, plain_errors, setting_options
+from greenjobs import jobs
+from greenjobs.cli_options import Command, migrated_database, on_one_line, setting_options, visible
 from greenjobs.errors import OptionError
 from greenjobs.jobs import FinishedJob, Outcome, Plan, StoredJob
 from greenjobs.progress import Progress
@@ -79,7 +78,7 @@ def list_command(
     ids: tuple[int, ...], limit: int | None, as_json: bool, database_url: str | None, **filters: Any
 ) -> None:
     """List jobs, the newest first; finished ones that are kept where they are named by id or --state."""
-    with plain_errors(), _database(database_url):
+    with migrated_database(database_url):
         limit = _LIST_LIMIT if limit is None else limit
         given = _given(filters)
         found = jobs.find(*ids, limit=limit, **given)
@@ -98,7 +97,7 @@ def list_command(
 @setting_options("database_url")
 def show_command(ids: tuple[int, ...], as_json: bool, database_url: str | None) -> None:
     """Show all that is known of jobs, finished ones that are kept included: arguments, attempts, errors, results."""
-    with plain_errors(), _database(database_url):
+    with migrated_database(database_url):
         by_id = {job.id: job for job in jobs.find(*ids, limit=None)}
     found = [by_id[id] for id in dict.fromkeys(ids) if id in by_id]
     if as_json:
@@ -168,7 +167,7 @@ def _act(
     yes: bool,
     **filters: Any,
 ) -> None:
-    with plain_errors(), _database(database_url):
+    with migrated_database(database_url):
         plan = jobs.plan(action, *ids, limit=limit, **_given(filters))
         if not dry_run and len(plan.ids) > 1 and not yes:
             _confirm(plan)
@@ -192,15 +191,6 @@ def _confirm(plan: Plan) -> None:
     click.confirm(f"{plan.action} {count} jobs?", abort=True, err=True)
 
 
-@contextlib.contextmanager
-def _database(database_url: str | None) -> Iterator[None]:
-    """The settings of a command, and a database that is as this release needs it."""
-    settings = configure({"database_url": database_url})
-    with pool.shared_pool(settings).connection() as connection:
-        migrate.require_current(connection)
-    yield
-
-
 def _given(filters: dict[str, Any]) -> Any:
     """The filters as greenjobs.jobs takes them: where an option may be repeated, click says () for not given."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in filters.items() if value != ()}
@@ -220,12 +210,12 @@ def _as_json(value: Any) -> str:
 def _print_table(found: Sequence[StoredJob | FinishedJob]) -> None:
     rows = [("id", "type", "queue", "state", "age", "failures", "last error")]
     for job in found:
-        error = _on_one_line(job.error or "")
+        error = on_one_line(job.error or "")
         rows.append(
             (
                 str(job.id),
-                _on_one_line(job.job_type),
-                _on_one_line(job.queue or "(none yet)"),
+                on_one_line(job.job_type),
+                on_one_line(job.queue or "(none yet)"),
                 job.state,
                 _age(job.age_seconds),
                 str(job.retries),
@@ -249,16 +239,16 @@ def _age(seconds: float) -> str:
 
 def _description(job: StoredJob | FinishedJob) -> str:
     facts = _facts_of_finished(job) if isinstance(job, FinishedJob) else _facts(job)
-    lines = [f"job {job.id}: {_on_one_line(job.job_type)}", *[f"  {name:14}{value}" for name, value in facts]]
+    lines = [f"job {job.id}: {on_one_line(job.job_type)}", *[f"  {name:14}{value}" for name, value in facts]]
     for error in job.errors:
         where = f"attempt {error.get('attempt')} at {error.get('at')} on {error.get('runner')}"
-        lines += ["", _visible(f"  {where}: {error.get('error')}: {error.get('message')}")]
-        lines += [f"    {line}" for line in _visible(str(error.get("traceback") or "")).splitlines()]
+        lines += ["", visible(f"  {where}: {error.get('error')}: {error.get('message')}")]
+        lines += [f"    {line}" for line in visible(str(error.get("traceback") or "")).splitlines()]
     if job.log:
         lines += ["", "  log:"]
     for said in job.log:
         where = f"attempt {said.get('attempt')} at {said.get('at')}"
-        lines.append(_visible(f"    {where}: {said.get('level')} {said.get('message')}"))
+        lines.append(visible(f"    {where}: {said.get('level')} {said.get('message')}"))
     return "\n".join(lines)
 
 
@@ -266,7 +256,7 @@ def _facts_of_finished(job: FinishedJob) -> list[tuple[str, str]]:
     seconds = [("ran for", job.run_seconds), ("waited for", job.waited_seconds)]
     return [
         ("state", job.state if job.runner is None else f"{job.state}, on {job.runner}"),
-        ("queue", _on_one_line(job.queue or "(none yet)")),
+        ("queue", on_one_line(job.queue or "(none yet)")),
         ("priority", str(job.priority)),
         ("created at", _moment(job.created_at)),
         *([("started at", _moment(job.started_at))] if job.started_at is not None else []),
@@ -276,9 +266,9 @@ def _facts_of_finished(job: FinishedJob) -> list[tuple[str, str]]:
         ("claims", str(job.attempt)),
         ("failures", str(job.retries)),
         ("crashes", str(job.crashes)),
-        ("arguments", _visible(json.dumps(job.data, ensure_ascii=False))),
-        *([("result", _visible(json.dumps(job.result, ensure_ascii=False)))] if job.has_result else []),
-        *([("progress", _on_one_line(_progress(job.progress)))] if job.progress is not None else []),
+        ("arguments", visible(json.dumps(job.data, ensure_ascii=False))),
+        *([("result", visible(json.dumps(job.result, ensure_ascii=False)))] if job.has_result else []),
+        *([("progress", on_one_line(_progress(job.progress)))] if job.progress is not None else []),
     ]
 
 
@@ -292,17 +282,17 @@ def _facts(job: StoredJob) -> list[tuple[str, str]]:
     ]
     return [
         ("state", job.state if job.runner is None else f"{job.state}, on {job.runner} since {_moment(job.claimed_at)}"),
-        ("queue", _on_one_line(job.queue or "(none yet)")),
+        ("queue", on_one_line(job.queue or "(none yet)")),
         ("priority", str(job.priority)),
         *[(name, _moment(at)) for name, at in times if at is not None],
         ("claims", str(job.attempt)),
         ("failures", str(job.retries)),
         ("crashes", str(job.crashes)),
-        *([("unique key", _on_one_line(job.unique_key))] if job.unique_key is not None else []),
+        *([("unique key", on_one_line(job.unique_key))] if job.unique_key is not None else []),
         *([("waits for", f"job {job.waits_for}, with the same overlap key")] if job.waits_for is not None else []),
-        *([("options", _visible(json.dumps(job.options)))] if job.options else []),
-        ("arguments", _visible(json.dumps(job.data, ensure_ascii=False))),
-        *([("progress", _on_one_line(_progress(job.progress)))] if job.progress is not None else []),
+        *([("options", visible(json.dumps(job.options)))] if job.options else []),
+        ("arguments", visible(json.dumps(job.data, ensure_ascii=False))),
+        *([("progress", on_one_line(_progress(job.progress)))] if job.progress is not None else []),
     ]
 
 
@@ -336,12 +326,3 @@ def _jobs(ids: Sequence[int]) -> str:
         return "no jobs"
     listed = ", ".join(map(str, ids[:_SHOWN_LEFT_ALONE])) + (", …" if len(ids) > _SHOWN_LEFT_ALONE else "")
     return f"{len(ids)} job{'s' if len(ids) > 1 else ''}: {listed}"
-
-
-def _on_one_line(text: str) -> str:
-    return _visible(" ".join(text.split()))
-
-
-def _visible(text: str) -> str:
-    """Text from the table, without the characters by which it could steer a terminal."""
-    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)

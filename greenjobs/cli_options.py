@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 import psycopg2
 
-from greenjobs import config, grants, logs, migrate, refusals
+from greenjobs import config, grants, logs, migrate, pool, refusals
 from greenjobs.errors import GreenjobsError
 from greenjobs.supervisor import EXIT_MISTAKE
 
@@ -55,12 +55,32 @@ def plain_errors() -> Iterator[None]:
         _complain(f"the database says: {str(error).strip()}")
 
 
+@contextlib.contextmanager
+def migrated_database(database_url: str | None) -> Iterator[None]:
+    """Makes it the one that is meant, if it has been migrated; errors are plain ones."""
+    with plain_errors():
+        with pool.shared_pool(configure({"database_url": database_url})).connection() as connection:
+            migrate.require_current(connection)
+        yield
+
+
 def _complain(message: str) -> NoReturn:
+    message = on_one_line(message)  # what libpq says may have several
     if logs.writes_json():  # whoever reads the lines is to hear of this one, too
         logger.error("%s", message)
     else:
         click.echo(f"greenjobs: {message}", err=True)
     sys.exit(EXIT_MISTAKE)
+
+
+def on_one_line(text: str) -> str:
+    """Text from the table, or of others, on one line of a terminal."""
+    return visible(" ".join(text.split()))
+
+
+def visible(text: str) -> str:
+    """Text from the table, without the characters by which it could steer a terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
 
 
 def show(text: str) -> None:

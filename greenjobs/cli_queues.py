@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from greenjobs import migrate, pool, queues
-from greenjobs.cli_options import configure, plain_errors, setting_options
+from greenjobs import queues
+from greenjobs.cli_options import migrated_database, on_one_line, setting_options
 from greenjobs.errors import OptionError, UnknownQueue
 from greenjobs.inspection import QueueSetting
 from greenjobs.queues import Queue
@@ -35,14 +35,16 @@ def queues_group(context: click.Context, /, as_json: bool, database_url: str | N
 @queues_group.command("list")
 @setting_options("database_url")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@click.pass_obj
-def list_command(given_before: str | None, /, as_json: bool, database_url: str | None) -> None:
+@click.pass_context
+def list_command(context: click.Context, /, as_json: bool, database_url: str | None) -> None:
     """List the queues: what waits and runs in them, who serves them, which are paused or resized."""
-    _list(as_json, database_url or given_before)
+    assert context.parent is not None  # the group
+    before = context.parent.params
+    _list(as_json or before["as_json"], database_url or before["database_url"])
 
 
 def _list(as_json: bool, database_url: str | None) -> None:
-    with _database(database_url):
+    with migrated_database(database_url):
         found = queues.find()
     if as_json:
         click.echo(json.dumps([asdict(queue) for queue in found], default=_as_json, indent=2))
@@ -62,7 +64,7 @@ def pause_command(given_before: str | None, /, names: tuple[str, ...], yes: bool
 
     What runs goes on, and jobs can be enqueued.
     """
-    with _database(database_url or given_before), _hint_at_yes():
+    with migrated_database(database_url or given_before), _hint_at_yes():
         changed = queues.pause(*names, force=yes)
     _print_changes(names, changed, "paused", "was paused already")
 
@@ -73,7 +75,7 @@ def pause_command(given_before: str | None, /, names: tuple[str, ...], yes: bool
 @click.pass_obj
 def resume_command(given_before: str | None, /, names: tuple[str, ...], database_url: str | None) -> None:
     """Let jobs of these queues start again, at once."""
-    with _database(database_url or given_before):
+    with migrated_database(database_url or given_before):
         changed = queues.resume(*names)
     _print_changes(names, changed, "resumed", "was not paused")
 
@@ -89,7 +91,7 @@ def resize_command(given_before: str | None, /, name: str, size: str, yes: bool,
 
     More jobs start at once; where it is fewer, those that run go on.
     """
-    with _database(database_url or given_before), _hint_at_yes():
+    with migrated_database(database_url or given_before), _hint_at_yes():
         pool = None if size == _DEFAULT else _number(name, size)
         changed = queues.resize(name, pool, force=yes)
     now = (
@@ -109,15 +111,6 @@ def _number(name: str, size: str) -> int:
 
 
 @contextlib.contextmanager
-def _database(database_url: str | None) -> Iterator[None]:
-    """Makes it the one that is meant, if it has been migrated; errors are plain ones."""
-    with plain_errors():
-        with pool.shared_pool(configure({"database_url": database_url})).connection() as connection:
-            migrate.require_current(connection)
-        yield
-
-
-@contextlib.contextmanager
 def _hint_at_yes() -> Iterator[None]:
     try:
         yield
@@ -134,7 +127,7 @@ def print_changed_queues(changed: Mapping[str, QueueSetting]) -> None:
         facts = (["is paused"] if setting.paused else []) + (
             [] if setting.pool is None else [f"has a pool of {setting.pool} in every runner"]
         )
-        click.echo(f"queue {name} {' and '.join(facts)}")
+        click.echo(f"queue {on_one_line(name)} {' and '.join(facts)}")
 
 
 def _print_changes(names: Iterable[str], changed: Sequence[str], done: str, otherwise: str) -> None:
@@ -147,7 +140,7 @@ def _print_table(found: Sequence[Queue]) -> None:
     for queue in found:
         rows.append(
             (
-                queue.name,
+                on_one_line(queue.name),
                 str(queue.waiting),
                 str(queue.running),
                 str(queue.scheduled),

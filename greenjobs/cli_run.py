@@ -21,7 +21,7 @@ from greenjobs import config, green, health, logs
 from greenjobs.cli_doctor import warn_at_start
 from greenjobs.cli_options import apply_migrations, configure, plain_errors, setting_options, show
 from greenjobs.contrib import metrics_number
-from greenjobs.contrib.equipment import Equipment, load
+from greenjobs.contrib.equipment import Equipment, load, name_of
 from greenjobs.embedded import is_embedded_url
 from greenjobs.errors import ConfigError, GreenjobsError
 from greenjobs.job import registered_jobs
@@ -152,6 +152,7 @@ def _load_application(name: str | None) -> tuple[Any, list[Equipment]]:
             logger.critical("the application cannot be loaded", exc_info=True)
         else:
             traceback.print_exc()
+            click.echo(f"greenjobs: app is {name_of(name)!r}, and it cannot be loaded: see above", err=True)
         sys.exit(EXIT_MISTAKE)
     # It may have put psycogreen's wait callback in the place of ours, by patch_psycopg.
     green.patch()

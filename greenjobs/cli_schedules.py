@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 import click
 
-from greenjobs import migrate, pool, schedules
-from greenjobs.cli_options import configure, plain_errors, setting_options
+from greenjobs import schedules
+from greenjobs.cli_options import migrated_database, on_one_line, setting_options
 from greenjobs.cron import zone_named
 from greenjobs.inspection import Schedule
 
@@ -23,10 +23,25 @@ from greenjobs.inspection import Schedule
 @click.pass_context
 def schedules_group(context: click.Context, /, as_json: bool, database_url: str | None) -> None:
     """List what is enqueued by the clock, with its next and last runs; or pause, resume or remove it."""
-    if context.invoked_subcommand is not None:
+    if context.invoked_subcommand is None:
+        _list(as_json, database_url)
+    else:
         context.obj = database_url
-        return
-    with _database(database_url):
+
+
+@schedules_group.command("list")
+@setting_options("database_url")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.pass_context
+def list_command(context: click.Context, /, as_json: bool, database_url: str | None) -> None:
+    """List the schedules: what they enqueue, when they run next, and when they ran last."""
+    assert context.parent is not None  # the group
+    before = context.parent.params
+    _list(as_json or before["as_json"], database_url or before["database_url"])
+
+
+def _list(as_json: bool, database_url: str | None) -> None:
+    with migrated_database(database_url):
         found = schedules.find()
     if as_json:
         click.echo(json.dumps([asdict(schedule) for schedule in found], default=_as_json, indent=2))
@@ -42,7 +57,7 @@ def _command(name: str, function: Callable[[str], None], done: str, help: str) -
     @setting_options("database_url")
     @click.pass_obj
     def command(given_before: str | None, /, schedule: str, database_url: str | None) -> None:
-        with _database(database_url or given_before):
+        with migrated_database(database_url or given_before):
             function(schedule)
             click.echo(f"{done} {schedule}")
 
@@ -52,24 +67,12 @@ _command("resume", schedules.resume, "resumed", "Let a paused schedule go on wit
 _command("remove", schedules.remove, "removed", "Remove a schedule that no live runner declares.")
 
 
-@contextlib.contextmanager
-def _database(database_url: str | None) -> Iterator[None]:
-    """Makes it the one that schedules are looked for in, if it has been migrated; errors are plain ones."""
-    with plain_errors():
-        with pool.shared_pool(configure({"database_url": database_url})).connection() as connection:
-            migrate.require_current(connection)
-        yield
-
-
 def _print_table(found: Sequence[Schedule]) -> None:
-    rows = [("schedule", "job", "cron", "time zone", "next run", "last run", "from", "")]
+    rows: list[tuple[str, ...]] = [("schedule", "job", "cron", "time zone", "next run", "last run", "from", "")]
     for schedule in found:
         rows.append(
             (
-                schedule.name,
-                schedule.job_type,
-                schedule.cron,
-                schedule.timezone,
+                *map(on_one_line, (schedule.name, schedule.job_type, schedule.cron, schedule.timezone)),
                 "paused" if schedule.paused else _moment(schedule.next_tick_at, schedule.timezone),
                 _last_run(schedule),
                 schedule.source,

@@ -145,8 +145,8 @@ class Transaction:
             self._block = djangodb.begin(self._given)
             try:
                 self._number = storage.transaction_id(self._shared())
-            except BaseException:
-                pool.forget_if_broken(self._given)
+            except BaseException as error:
+                pool.forget_if_broken(self._given, error)
                 if self._block is not None:
                     self._block.rollback()
                 raise

@@ -141,7 +141,7 @@ def _read(
 ) -> list[tuple[Any, ...]]:
     instant, age_seconds = _moment(since)
     queues, job_types = _names("queue", queue), _names("job_type", job_type)
-    with explained(), lender(config.current()).connection() as connection:
+    with explained(), lender(config.current()).connection() as connection, storage.patiently(connection):
         return read(connection, since=instant, age_seconds=age_seconds, queues=queues, job_types=job_types, **more)
 
 

@@ -67,9 +67,6 @@ _OUTCOMES: Mapping[Action, Literal["discarded", "cancelled"]] = {"cancel": "canc
 # A batch locks its jobs for some tens of milliseconds.
 _BATCH = 1000
 
-# People wait longer for a look at a million rows than a view may wait for an enqueue.
-_PATIENCE = "SET LOCAL statement_timeout = '120s'"
-
 _LARGEST_ID = 2**63 - 1
 
 
@@ -378,7 +375,5 @@ def _keep_failed(states: Sequence[str]) -> float:
 @contextlib.contextmanager
 def _connection() -> Iterator[Connection]:
     """A transaction in which statements may take their time."""
-    with explained(), lender(config.current()).connection() as connection, storage.atomic(connection):
-        with connection.cursor() as cursor:
-            cursor.execute(_PATIENCE)
+    with explained(), lender(config.current()).connection() as connection, storage.patiently(connection):
         yield connection

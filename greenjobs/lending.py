@@ -14,7 +14,7 @@ import psycopg2
 from psycopg2 import errors, extensions
 
 from greenjobs import config
-from greenjobs.errors import CompletionError
+from greenjobs.errors import CompletionError, GreenjobsError
 from greenjobs.pool import ConnectionPool
 from greenjobs.statement import PlanningConnection
 
@@ -107,19 +107,32 @@ def _restore(connection: PlanningConnection) -> None:
 
 
 class Lent:
-    """A connection for one `with` block, which ends with a commit, or after an error with a rollback."""
+    """A connection for one `with` block at a time, which ends with a commit, or after an error with a rollback."""
 
-    __slots__ = ("_connection", "_pool")
+    __slots__ = ("_connection", "_is_in_use", "_pool")
 
     def __init__(self, pool: JobPool) -> None:
         self._pool = pool
+        self._is_in_use = False
 
     def __enter__(self) -> PlanningConnection:
-        self._connection = self._pool.take()
+        if self._is_in_use:
+            # As of one that is kept in a module: two jobs would end each other's transactions.
+            raise GreenjobsError(
+                "what greenjobs.connection() returned is in use in another block; call it anew for each: "
+                "`with greenjobs.connection() as connection:`"
+            )
+        self._is_in_use = True
+        try:
+            self._connection = self._pool.take()
+        except BaseException:
+            self._is_in_use = False
+            raise
         return self._connection
 
     def __exit__(self, error_type: object, error: BaseException | None, trace: object) -> None:
         connection = self._connection
+        self._is_in_use = False
         try:
             if error is None:
                 connection.commit()

@@ -236,13 +236,16 @@ def writes_json() -> bool:
     return any(isinstance(each.formatter, JsonFormatter) for each in logging.getLogger().handlers)
 
 
-def has_colours(stream: TextIO) -> bool:
-    """Whether lines on this stream are to be coloured: on a terminal, unless NO_COLOR or FORCE_COLOR say otherwise."""
+def has_colours(stream: TextIO | None) -> bool:
+    """Whether lines on this stream are to be coloured: on a terminal, unless NO_COLOR or FORCE_COLOR say otherwise.
+
+    None is a standard stream that was closed.
+    """
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR"):
         return True
-    return os.environ.get("TERM") != "dumb" and stream.isatty()
+    return os.environ.get("TERM") != "dumb" and stream is not None and stream.isatty()
 
 
 # --- plain ------------------------------------------------------------------------------------------------------------

@@ -259,9 +259,9 @@ def raw_connection(given: Any) -> Connection:
     return connection
 
 
-def forget_if_broken(given: Any) -> None:
+def forget_if_broken(given: Any, error: BaseException | None = None) -> None:
     """After an error on the connection behind what a caller passed: let SQLAlchemy know, if it is its, and broken."""
-    alchemy.forget_if_broken(given)
+    alchemy.forget_if_broken(given, by_server=isinstance(error, psycopg2.Error))
 
 
 def connect(
@@ -290,7 +290,9 @@ def connect(
                 connection.close()
                 raise
     except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
-        raise DatabaseUnavailable(f"cannot connect to {redact(database_url)}: {str(error).strip()}") from error
+        # A line for each address that was tried, and hints on lines of their own; whoever reads them may read lines.
+        why = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise DatabaseUnavailable(f"cannot connect to {redact(database_url)}: {why}") from error
     return connection
 
 

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Queue", "QueueServer", "find", "get", "pause", "resize", "resume"]
 
-# People wait longer for a look at a million rows than a view may wait for an enqueue.
-_PATIENCE = "SET LOCAL statement_timeout = '120s'"
-
 
 def find() -> list[Queue]:
     """All queues by name: those that have jobs, are served by a live runner, or were paused or resized."""
@@ -111,7 +108,5 @@ def _require_known(connection: Connection, names: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _connection() -> Iterator[Connection]:
     """A transaction in which statements may take their time."""
-    with explained(), lender(config.current()).connection() as connection, storage.atomic(connection):
-        with connection.cursor() as cursor:
-            cursor.execute(_PATIENCE)
+    with explained(), lender(config.current()).connection() as connection, storage.patiently(connection):
         yield connection

@@ -107,7 +107,10 @@ class Runner:
         may have, and `weight` its part of them, see `share`.
         """
         queue = check_queue_name(queue, "queue", ConfigError)
-        given = config.check({"pool": pool, "poll_interval": poll_interval})
+        try:
+            given = config.check({"pool": pool, "poll_interval": poll_interval})
+        except ConfigError as error:
+            raise ConfigError(f"the queue {queue!r}: {error}") from None
         if weight is not None:
             given["weight"] = _checked_weight(weight, queue)
         self._queues[queue] = given

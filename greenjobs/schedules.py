@@ -235,6 +235,6 @@ def _connection(given: Any = None) -> Iterator[Connection]:
     with explained(), own as connection:
         try:
             yield connection
-        except BaseException:
-            pool.forget_if_broken(given)
+        except BaseException as error:
+            pool.forget_if_broken(given, error)
             raise

@@ -445,6 +445,29 @@ def test_builtin_error_that_is_made_of_more_than_a_text_is_raised_as_failed_job(
     assert isinstance(result.result, JobFailed)
 
 
+def test_error_that_is_only_named_like_a_builtin_one_is_raised_as_failed_job(app: Celery) -> None:
+    class Refused(OSError):
+        pass
+
+    Refused.__qualname__, Refused.__module__ = "ConnectionError", "requests.exceptions"
+
+    @app.task
+    def fail(is_builtin: bool) -> None:
+        try:
+            raise ConnectionError("no answer")
+        except ConnectionError as error:
+            if is_builtin:
+                raise
+            raise Refused("no answer") from error
+
+    builtin, other = fail.delay(True), fail.delay(False)
+    run(fail)
+    with pytest.raises(ConnectionError, match="no answer"):
+        builtin.get(timeout=30)
+    with pytest.raises(JobFailed, match="ConnectionError: no answer"):
+        other.get(timeout=30)
+
+
 def test_error_of_ones_own_is_raised_as_failed_job(app: Celery) -> None:
     class Odd(Exception):
         pass
@@ -671,6 +694,19 @@ def test_autoretry_is_for_the_errors_that_are_named(app: Celery) -> None:
     assert sorted(seen) == ["file", "os", "os", "os", "value"]
     assert {result.state for result in results} == {"FAILURE"}
     assert isinstance(results[0].result, OSError)
+
+
+@pytest.mark.parametrize("option", ["autoretry_for", "dont_autoretry_for"])
+@pytest.mark.parametrize("given", [OSError, "OSError", (OSError, "KeyError"), [int], 5], ids=str)
+def test_autoretry_for_what_is_no_list_of_errors_is_refused(quiet: Celery, option: str, given: Any) -> None:
+    """Before the task runs, of whose first error nothing would be left."""
+    options = {"autoretry_for": (ConnectionError,), option: given}
+
+    @quiet.task(name="fetch", **options)
+    def fetch() -> None: ...
+
+    with pytest.raises(JobDefinitionError, match=f"fetch: {option} is .*; allowed: classes of errors"):
+        fetch.delay()
 
 
 def test_autoretry_raises_the_error_itself_where_the_task_is_called(quiet: Celery) -> None:

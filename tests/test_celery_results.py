@@ -162,6 +162,9 @@ def test_forgotten_result_is_gone(app: Celery, database: running.Database) -> No
 def test_id_that_is_none_is_refused(app: Celery) -> None:
     with pytest.raises(OptionError, match="'7f0c-11' is not the id of a task: in greenjobs they are whole numbers"):
         AsyncResult("7f0c-11")
+    for id in ("9" * 20, "0", "-1", ""):
+        with pytest.raises(OptionError, match="is not the id of a task"):
+            AsyncResult(id)
     assert app.AsyncResult(5).id == "5"
     assert AsyncResult("4711").state == "PENDING"
 
@@ -315,6 +318,10 @@ def test_chain_that_could_not_go_on_is_refused_and_nothing_is_enqueued(app: Cele
         chain(add.s(1, 2), times.s(1, 2)).delay()
     with pytest.raises(PayloadError, match="are carried as plain JSON"):
         chain(add.s(1, 2), times.s(datetime.now(timezone.utc))).delay()
+    with pytest.raises(ValueError, match="a chain without tasks"):
+        chain().delay()
+    with pytest.raises(Unsupported, match=r"group has group\(.*; allowed: signatures and chains"):
+        group(group(add.s(1, 2)))
     with pytest.raises(OptionError, match="has no option 'countdwn'"):
         chain(add.s(1, 2), times.s(1).set(countdwn=1)).delay()
     assert database.count() == 0

@@ -296,7 +296,8 @@ def test_beat_schedule_is_declared_by_the_jobs_that_it_is_about(quiet: Celery) -
         sender.add_periodic_task(10.0, other.s(), name="ten")
 
     quiet.load()
-    Celery("another, which is the current one by now").conf.beat_schedule = {"also": {"task": "other", "schedule": 1}}
+    another = Celery("another, which is the current one by now")
+    another.conf.beat_schedule["also"] = {"task": "other", "schedule": 1}
     found = declared({"sweep": sweep.job, "other": other.job}, ())
     assert {(each.name, each.job.name, each.data, each.queue, each.priority) for each in found.values()} == {
         ("night", "sweep", '{"what":"floor"}', "cellar", 3),
@@ -318,6 +319,7 @@ def test_beat_schedule_is_declared_by_the_jobs_that_it_is_about(quiet: Celery) -
         ({"task": "sweep", "schedule": 45}, "the schedule 'x': a schedule of every 0:00:45"),
         ({"task": "sweep", "schedule": 10, "options": {"expires": 5}}, "'x' has the option 'expires'"),
         ({"task": "sweep", "schedule": 10, "args": (1,)}, "takes|too many"),
+        ({"task": "sweep", "schedule": 10, "args": "floor"}, "beat_schedule: 'x': args is 'floor'; allowed: a list"),
     ],
     ids=str,
 )
@@ -335,6 +337,8 @@ def test_entry_of_beat_schedule_that_cannot_be_keeps_a_runner_from_starting(
 def test_signals_say_what_takes_their_place() -> None:
     with pytest.raises(ImportError, match=r"task_prerun is not in greenjobs; use greenjobs\.surroundings\.surround"):
         from greenjobs.contrib.celery.signals import task_prerun  # noqa: F401
+    with pytest.raises(ImportError, match=r"worker_process_init is not in greenjobs; use the module that"):
+        from greenjobs.contrib.celery.signals import worker_process_init  # noqa: F401
     with pytest.raises(Unsupported, match=r"app\.control\.inspect is not in greenjobs"):
         Celery("shop", set_as_current=False).control.inspect()
     assert issubclass(Retry, BaseException) and not issubclass(Retry, Exception)

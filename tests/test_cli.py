@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import databases
+import gevent
 import processes
+import psycopg2
 import pytest
 import running
 from click.testing import CliRunner
@@ -209,6 +211,37 @@ def test_wrong_setting_is_refused_with_option_and_value(
     assert value in line
 
 
+def test_wrong_pool_of_a_queue_names_the_queue(invoke: Invoke, project: Path, database: running.Database) -> None:
+    line = _refused(invoke("run", "--queue", "emails:0", database_url=database.url))
+
+    assert line.startswith("greenjobs: the queue 'emails': pool is '0'")
+
+
+@pytest.mark.parametrize("options", [[], ["--processes", "1"]])
+def test_runner_whose_standard_streams_are_closed_runs(
+    project: Path, database: running.Database, options: list[str]
+) -> None:
+    """As some start daemons. What the job writes to where standard error was goes nowhere, and not to the database."""
+    processes.write_application(
+        project,
+        """
+        import os
+        from greenjobs import job
+
+        @job
+        def work():
+            print("said")
+            for number in (1, 2):
+                os.write(number, b"said" * 1000)
+        """,
+    )
+    _insert(database, "work")
+
+    command = " ".join(["exec greenjobs run --until-empty", *options, "<&- >&- 2>&-"])
+    assert processes.run("sh", "-c", command, folder=project, database_url=database.url) == ""
+    assert database.count() == 0
+
+
 def test_run_without_a_database_says_the_three_ways_to_name_one(invoke: Invoke, project: Path) -> None:
     line = _refused(invoke("run"))
 
@@ -218,12 +251,11 @@ def test_run_without_a_database_says_the_three_ways_to_name_one(invoke: Invoke, 
 def test_run_without_its_server_says_so_without_the_password(invoke: Invoke, project: Path) -> None:
     url = f"postgresql://ann:hunter2@127.0.0.1:{processes.free_port()}/shop"
 
-    status, output = invoke("run", "--database-url", url)
+    line = _refused(invoke("run", "--database-url", url))
 
-    assert status == 2
-    assert "Traceback" not in output
-    assert "cannot connect to postgresql://ann:***@127.0.0.1" in output
-    assert "hunter2" not in output
+    assert "cannot connect to postgresql://ann:***@127.0.0.1" in line
+    assert "; Is the server running" in line  # libpq says that in a line of its own
+    assert "hunter2" not in line
 
 
 def test_application_is_found_by_option(tmp_path: Path, database: running.Database) -> None:
@@ -298,6 +330,7 @@ def test_traceback_of_an_application_that_cannot_be_imported_is_shown(
     assert "Traceback" in output
     assert 'app.py", line 1' in output
     assert "No module named 'a_module_that_is_missing'" in output
+    assert output.splitlines()[-1] == "greenjobs: app is 'app.py', and it cannot be loaded: see above"
 
 
 def test_job_that_is_declared_wrongly_is_named(invoke: Invoke, tmp_path: Path, database: running.Database) -> None:
@@ -430,6 +463,10 @@ def test_migrate_has_nothing_to_do_where_a_later_release_has_been(
     assert re.search(r"know migration 9999, and .*; install that release, or a later one", line)
 
 
+def test_check_and_sql_contradict_each_other(invoke: Invoke) -> None:
+    assert "leave one out" in _refused(invoke("migrate", "--check", "--sql"))
+
+
 def test_sql_is_printed_without_a_database(invoke: Invoke) -> None:
     status, output = invoke("migrate", "--sql")
 
@@ -505,6 +542,72 @@ def test_status_says_that_a_later_release_has_been_here(
 
     assert output.splitlines()[-1] == "a later release has applied 9999_later; this one works with that"
     assert json.loads(document)["later_migrations"] == ["9999_later"]
+
+
+@pytest.mark.parametrize("command", ["status", "queues", "schedules", "counts"])
+def test_names_of_others_do_not_steer_the_terminal(invoke: Invoke, database: running.Database, command: str) -> None:
+    """Whoever may enqueue by SQL may write any."""
+    evil = "red\x1b[31m\nqueue"
+    rows = {
+        "background_jobs (job_type, data, queue) VALUES (%s, '{}', %s)": (evil, evil),
+        "background_queues (name, paused) VALUES (%s, true)": (evil,),
+        "background_counts (minute, queue, job_type) VALUES (date_trunc('minute', now()), %s, %s)": (evil, evil),
+        "background_schedules (name, job_type, cron, timezone, source, next_tick_at)"
+        " VALUES (%s, %s, '* * * * *', 'UTC', 'api', now())": (evil, evil),
+    }
+    try:
+        for into, values in rows.items():
+            database.rows(f"INSERT INTO {into}", *values)
+        status, output = invoke(command, database_url=database.url)
+    finally:
+        database.rows("TRUNCATE background_schedules, background_queues")
+
+    assert status == 0
+    assert "\x1b" not in output
+    assert "red\\x1b[31m queue" in output
+
+
+def test_name_that_the_terminal_cannot_print_is_shown_by_number(
+    invoke: Invoke, database: running.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _insert(database, "work", queue="snow\u2603")
+    monkeypatch.setenv("GREENJOBS_DATABASE_URL", database.url)
+    with running.application(database.url):
+        result = CliRunner(charset="latin-1").invoke(main, ["status"], catch_exceptions=False)
+
+    assert "snow\\u2603" in result.output
+
+
+def test_look_at_many_rows_may_take_longer_than_an_enqueue(
+    invoke: Invoke, database: running.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody holds the table until the statement of an enqueue would long have been ended."""
+    monkeypatch.setenv("GREENJOBS_ENQUEUE_TIMEOUT", "2")  # in which it has to connect as well
+    looks = (
+        "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'greenjobs'"
+        " AND wait_event_type = 'Lock' AND query_start < clock_timestamp() - interval '2.2 s'"
+    )
+    with contextlib.closing(psycopg2.connect(database.url)) as holder:
+        with holder.cursor() as cursor:
+            cursor.execute("LOCK TABLE background_jobs")
+        looking = gevent.spawn(invoke, "status", database_url=database.url)
+        eventually(
+            lambda: looking.ready() or database.rows(looks), "it does not look", seconds=running.PATIENCE_SECONDS
+        )
+    status, output = looking.get(timeout=running.PATIENCE_SECONDS)
+
+    assert (status, output.split()[0]) == (0, "queue")
+
+
+@pytest.mark.parametrize("group", ["queues", "schedules"])
+def test_list_is_what_the_group_shows_by_itself(invoke: Invoke, database: running.Database, group: str) -> None:
+    _insert(database, "work")
+    shown, document = invoke(group, database_url=database.url), invoke(group, "--json", database_url=database.url)
+
+    assert invoke(group, "list", database_url=database.url) == shown
+    assert invoke(group, "list", "--json", database_url=database.url) == document
+    assert invoke(group, "--json", "list", database_url=database.url) == document
+    assert isinstance(json.loads(document[1]), list)
 
 
 def test_status_as_json(project: Path, database: running.Database) -> None:

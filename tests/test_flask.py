@@ -204,6 +204,14 @@ def test_application_is_set_up_once(database: running.Database) -> None:
         GreenJobs().init_app(app)
 
 
+def test_current_app_stands_for_the_application(database: running.Database) -> None:
+    app = flask.Flask("shop")
+    with app.app_context():
+        GreenJobs(flask.current_app)
+    with app.extensions["greenjobs"].context():
+        assert flask.current_app.name == "shop"
+
+
 @pytest.mark.parametrize("given", [None, "shop", flask.Blueprint("shop", __name__), flask.Flask], ids=repr)
 def test_what_is_no_application_is_refused(database: running.Database, given: Any) -> None:
     with pytest.raises(ConfigError, match=r"init_app takes the application, a Flask object, not "):
@@ -437,6 +445,7 @@ def test_application_is_the_context_of_its_runner(database: running.Database) ->
         ({"pool_size": 5, "max_overflow": -1}, ""),
         ({"pool_size": 0}, ""),
         ({"poolclass": sa.pool.NullPool}, ""),
+        ({"poolclass": sa.pool.SingletonThreadPool}, ""),
     ],
     ids=str,
 )

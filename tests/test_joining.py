@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -536,6 +537,24 @@ def test_session_whose_connection_breaks_ends_with_its_request(database: running
     assert with_view(app, body, times=2) == [500, 200]
     assert not db.session.registry.registry
     assert database.count("state = 'available'") == (1 if joins else 2)
+
+
+def test_restart_of_the_server_fails_one_view_as_with_sqlalchemy_alone(database: running.Database) -> None:
+    """SQLAlchemy then takes all connections that are as old for broken, not only the one that it tried."""
+    confirm = declare_job()
+    app = make_shop(database.url)
+
+    def body() -> None:
+        confirm.delay("Ann")
+        db.session.commit()
+
+    with app.app_context(), contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(db.engine.connect()) for _ in range(4)]
+        pids = [connection.scalar(sa.text("SELECT pg_backend_pid()")) for connection in opened]
+    for pid in pids:
+        database.terminate(pid)
+    assert with_view(app, body, times=4) == [500, 200, 200, 200]
+    assert database.count() == 3
 
 
 def test_looks_for_changes_come_to_an_end(database: running.Database, monkeypatch: pytest.MonkeyPatch) -> None:

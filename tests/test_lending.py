@@ -16,7 +16,7 @@ from psycopg2 import errors, extras
 
 import greenjobs
 from greenjobs import config, job, waits
-from greenjobs.errors import DatabaseUnavailable, JobTimeout
+from greenjobs.errors import DatabaseUnavailable, GreenjobsError, JobTimeout
 from greenjobs.lending import JobPool, job_pool
 from greenjobs.runner import Runner
 
@@ -59,6 +59,19 @@ def test_block_is_rolled_back_after_an_error_which_comes_out_as_it_is(database: 
         raise LookupError("mine")
     assert notes(database) == []
     assert lent_from(database)._idle, "the connection is as good as before"
+
+
+def test_what_is_kept_is_for_one_block_at_a_time(database: running.Database) -> None:
+    """Else two jobs that share it would end each other's transactions."""
+    kept = greenjobs.connection()
+    with kept as first:
+        first.cursor().execute("INSERT INTO notes VALUES ('written')")
+        with pytest.raises(GreenjobsError, match="in use in another block; call it anew for each"), kept:
+            pass
+        assert notes(database) == []
+    with kept as again:
+        assert again is first
+    assert (notes(database), lent_from(database).in_use) == (["written"], 0)
 
 
 def test_connection_is_the_runners_own_database_inside_a_job(database: running.Database) -> None:

@@ -203,6 +203,16 @@ def test_pool_closed_while_a_connection_is_lent_closes_it_when_it_comes_back(poo
     assert _backend(pool)
 
 
+def test_why_it_could_not_connect_is_on_one_line() -> None:
+    """Also where several hosts were tried: it is part of a line of a log, or of a terminal."""
+    one, two = processes.free_port(), processes.free_port()
+    pool = _impatient(f"postgresql://127.0.0.1:{one},127.0.0.1:{two}/shop")
+    with pytest.raises(DatabaseUnavailable, match=rf"cannot connect to .*; .*port {two}") as raised:
+        _backend(pool)
+
+    assert len(str(raised.value).splitlines()) == 1
+
+
 def test_pool_that_could_not_connect_does_when_it_can(server_url: str) -> None:
     pool = _impatient(f"postgresql://127.0.0.1:{processes.free_port()}/shop")
     for _ in range(3):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -429,6 +431,26 @@ def test_error_that_is_raised_just_when_the_job_begins_to_wait_reaches_it(
     work.delay()
     running.work_off(work)
     assert [str(each.error) for each in ended] == ["work ran for more than 0.2 s"]
+
+
+def test_jobs_that_run_coroutines_overlap(database: running.Database) -> None:
+    """asyncio runs one event loop in a thread at a time; each waits here for a letter of the other."""
+    ends = socket.socketpair()
+    letters: list[bytes] = []
+
+    async def correspond(end: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=end)
+        writer.write(b"x")
+        letters.append(await asyncio.wait_for(reader.readexactly(1), running.PATIENCE_SECONDS))
+        writer.close()
+
+    @job(executor="thread")
+    def work(number: int) -> None:
+        asyncio.run(correspond(ends[number]))
+
+    work.delay_many([(0,), (1,)])
+    running.work_off(work)
+    assert letters == [b"x", b"x"]
 
 
 def test_statement_of_a_job_that_timed_out_is_cancelled(database: running.Database) -> None:

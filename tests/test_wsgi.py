@@ -451,6 +451,22 @@ def test_job_joins_the_transaction_that_the_application_names(
     assert database.count() == count
 
 
+def test_job_of_a_hook_after_the_commit_is_committed_at_once(database: running.Database, engine: sa.Engine) -> None:
+    work = work_of(database)
+
+    def application(environ: Any, start_response: Any) -> list[bytes]:
+        with Session(engine) as session:
+            environ["shop.session"] = session
+            sa.event.listen(session, "after_commit", lambda _: work.delay())
+            session.execute(sa.text("SELECT 1"))
+            session.commit()
+        start_response("200 OK", [])
+        return [b""]
+
+    get(GreenJobs(application, connection=lambda environ: environ.get("shop.session")))
+    assert database.count() == 1
+
+
 def test_job_is_committed_at_once_where_the_application_names_none(database: running.Database) -> None:
     work, seen = work_of(database), list[int]()
 

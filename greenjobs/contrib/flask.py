@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, appcontext_tearing_down, current_app, has_app_context
 from flask.cli import NoAppException, find_best_app
 from flask.globals import app_ctx
+from werkzeug.local import LocalProxy
 
 from greenjobs import config, surroundings
 from greenjobs.contrib import scopes
@@ -64,6 +65,8 @@ class GreenJobs:
                 f"init_app takes the application, a Flask object, not {app!r}; without one yet, write GreenJobs() and "
                 f"call init_app(app) in the factory"
             )
+        if isinstance(app, LocalProxy):  # current_app, which is another one elsewhere
+            app = app._get_current_object()
         if "greenjobs" in app.extensions:
             raise ConfigError(f"greenjobs has been set up for the application {app.name!r} already")
         equipment = Equipment(app)
@@ -267,8 +270,10 @@ def _scope_of_session() -> Iterator[tuple[dict[Any, Any], Any]]:
 
 def _most_connections(pool: Any) -> int | None:
     """How many connections a QueuePool of SQLAlchemy lends at a time; None for no limit, and for other pools."""
-    size, overflow = getattr(pool, "size", None), getattr(pool, "_max_overflow", -1)
-    return None if size is None or not size() or overflow < 0 else size() + overflow
+    overflow = getattr(pool, "_max_overflow", -1)
+    if overflow < 0 or not pool.size():  # others may have a size of another kind
+        return None
+    return int(pool.size() + overflow)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -188,8 +188,8 @@ def _has_changes(session: Any, bind: Any) -> bool:
     connection = session.connection(bind_arguments={"bind": bind})
     try:
         return inspection.has_written(pool.raw_connection(connection))
-    except psycopg2.Error:  # its transaction has failed already, and will be rolled back
-        pool.forget_if_broken(connection)
+    except psycopg2.Error as error:  # its transaction has failed already, and will be rolled back
+        pool.forget_if_broken(connection, error)
         return False
 
 

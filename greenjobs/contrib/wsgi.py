@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
-from greenjobs import config
+from greenjobs import alchemy, config
 from greenjobs.contrib import scopes
 from greenjobs.current import current_job
 from greenjobs.errors import ConfigError
@@ -159,6 +159,8 @@ class _Request(Hold):
         if self.is_over or database_url != self.jobs.settings.database_url:
             return None
         given = None if self.jobs.connection is None else self.jobs.connection(self.environ)
+        if not alchemy.takes_statements(given):  # in a hook such as after_commit of that session
+            given = None
         return self if given is None and self._holds else given
 
     def take(self, held: Held) -> None:

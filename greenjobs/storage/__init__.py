@@ -43,7 +43,7 @@ from greenjobs.storage.schedules import (
     pause_schedule,
     take_ticks,
 )
-from greenjobs.storage.transaction import CHANNEL, atomic, transaction_id
+from greenjobs.storage.transaction import CHANNEL, atomic, patiently, transaction_id
 from greenjobs.storage.unique import UniqueRule
 from greenjobs.storage.windows import prune_windows
 
@@ -86,6 +86,7 @@ __all__ = [
     "listen_for_end",
     "note_memory",
     "note_tick",
+    "patiently",
     "pause_queues",
     "pause_schedule",
     "promote",

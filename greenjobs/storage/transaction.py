@@ -38,6 +38,19 @@ def atomic(connection: Connection) -> Iterator[None]:
             connection.autocommit = True
 
 
+# People wait longer for a look at a million rows than a view may wait for an enqueue.
+_PATIENCE = "SET LOCAL statement_timeout = '120s'"
+
+
+@contextlib.contextmanager
+def patiently(connection: Connection) -> Iterator[None]:
+    """A transaction, as of `atomic`, in which statements may take their time."""
+    with atomic(connection):
+        with connection.cursor() as cursor:
+            cursor.execute(_PATIENCE)
+        yield
+
+
 @contextlib.contextmanager
 def undone_alone(connection: Connection) -> Iterator[None]:
     """Have an error inside undo no more than the statement that it came from, in a transaction, too."""

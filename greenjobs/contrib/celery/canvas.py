@@ -183,6 +183,8 @@ class chain:
     ) -> AsyncResult | EagerResult:
         """Enqueue all; the options are those of the first. Returns the result of the last, whose `parent` is the one
         before. Raises TypeError and PayloadError for arguments that do not fit or cannot be carried."""
+        if not self.tasks:
+            raise ValueError("a chain without tasks cannot be enqueued, and has no result")
         first, *rest = self.tasks
         steps = [_step(each) for each in rest]
         opts.as_json(first.type, steps)  # before anything is enqueued
@@ -235,7 +237,7 @@ class group:
     """Calls beside each other."""
 
     def __init__(self, *tasks: Any) -> None:
-        if len(tasks) == 1 and not isinstance(tasks[0], (Signature, chain)):
+        if len(tasks) == 1 and not isinstance(tasks[0], (Signature, chain, group)):
             tasks = tuple(tasks[0])
         for each in tasks:
             if not isinstance(each, (Signature, chain)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -201,7 +202,7 @@ class AsyncResult:
         except JobNotEnded as error:
             raise TimeoutError(f"task {self.id} has not ended in time: {error}") from None
         except JobFailed as error:
-            return _raised(_rebuilt(error), propagate)
+            return _raised(_rebuilt(error, self.traceback), propagate)
         except NoResult as error:
             if error.outcome in ("cancelled", "expired"):
                 return _raised(TaskRevokedError(f"task {self.id} was {error.outcome}"), propagate)
@@ -284,7 +285,7 @@ class AsyncResult:
         try:
             self._handle.result(0)
         except JobFailed as error:
-            return _rebuilt(error)
+            return _rebuilt(error, self.traceback)
         except (JobNotEnded, NoResult) as error:  # somebody has retried it
             return error
         return TaskRevokedError(f"task {self.id} is done by now")
@@ -425,7 +426,7 @@ class GroupResult:
 def _number(id: object) -> int:
     try:
         number = int(str(id))
-        if number < 1:
+        if not 0 < number < 2**63:
             raise ValueError
     except ValueError:
         raise OptionError(
@@ -444,10 +445,13 @@ def _raised(error: Any, propagate: bool) -> Any:
     return error
 
 
-def _rebuilt(error: JobFailed) -> BaseException:
+def _rebuilt(error: JobFailed, traceback: str | None) -> BaseException:
     """The error of a task, where its class is one of Python's; else what says which it was."""
     known = getattr(builtins, error.error or "", None)
     if not isinstance(known, type) or not issubclass(known, Exception):
+        return error
+    # Others have classes of these names, too, as requests has: only the traceback tells in which module it was.
+    if traceback is not None and re.findall(rf"^([\w.]*\b){error.error}(?::|$)", traceback, re.MULTILINE)[-1:] != [""]:
         return error
     message: Any = error.message
     try:

@@ -110,7 +110,7 @@ class Conf(dict[str, Any]):
     """The settings of one application, as a mapping and as attributes. Raises Unsupported and ImproperlyConfigured."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        super().__init__(USED)
+        super().__init__(USED, beat_schedule={})  # one of its own, to be added to
         self._said: set[str] = set()
         self.update(given)
 

@@ -7,10 +7,8 @@ retry. So its job is tried again for nothing but that.
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import logging
-import random
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
@@ -30,6 +28,7 @@ from greenjobs.contrib.celery.exceptions import (
     no_attribute,
 )
 from greenjobs.contrib.celery.request import Request, attempt_here, entered, request_of
+from greenjobs.contrib.celery.retries import is_same_call, retry_by_itself
 from greenjobs.contrib.celery.task_job import carrying, limit_retries
 from greenjobs.control import Snooze
 from greenjobs.current import current_job
@@ -326,7 +325,7 @@ class Task:
         if request.called_directly:
             raise exc or Retry("Task can be retried")
         refused = [name for name, given in options.items() if given is not None]
-        if not _is_same_call(self, args, kwargs):
+        if not is_same_call(self, args, kwargs):
             refused = ["kwargs" if args is None else "args"]
         if refused:
             raise Unsupported(
@@ -473,60 +472,10 @@ def refuse(name: str, *, rate_limit: Any, serializer: Any, pydantic: Any) -> Non
 
 
 def prepare(task: Task) -> None:
-    """Make an instance ready that is to be a task. Raises Unsupported."""
+    """Make an instance ready that is to be a task. Raises Unsupported and JobDefinitionError."""
     refuse(task.name, rate_limit=task.rate_limit, serializer=task.serializer, pydantic=task.pydantic)
     if task.autoretry_for:
-        _retry_by_itself(task)
-
-
-def _retry_by_itself(task: Task) -> None:
-    run = task.run
-
-    @functools.wraps(run)
-    def retrying(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return run(*args, **kwargs)
-        except tuple(task.dont_autoretry_for):
-            raise
-        except tuple(task.autoretry_for) as error:
-            how = dict(task.retry_kwargs)
-            if task.retry_backoff:
-                how["countdown"] = _backoff(task)
-            raise task.retry(exc=error, **how) from None
-
-    task.run = retrying  # type: ignore[method-assign]
-
-
-def _backoff(task: Task) -> int:
-    """Celery's get_exponential_backoff_interval."""
-    factor = int(max(1.0, float(task.retry_backoff)))
-    countdown = int(min(task.retry_backoff_max, factor * 2**task.request.retries))
-    return random.randrange(countdown + 1) if task.retry_jitter else countdown
-
-
-def _is_same_call(task: Task, args: Any, kwargs: Any) -> bool:
-    """Whether what retry() was given says nothing new, as in retry(args=[order_id]) of the same order.
-
-    By whichever way the arguments came: those of the request are by name, and the application may have passed them by
-    position.
-    """
-    signature, request = inspect.signature(task.job.function), task.request
-    try:
-        present, *said = (
-            signature.bind(*request.args, **request.kwargs),
-            signature.bind_partial(*opts.positional(task.name, args)),
-            signature.bind_partial(**(kwargs or {})),
-        )
-    except TypeError:
-        return False
-    given = {name: value for each in said for name, value in each.arguments.items()}
-    present.apply_defaults()
-    if args is not None and kwargs is not None:  # that is all of it, and what is left out has its default
-        whole = signature.bind_partial()
-        whole.arguments.update(given)
-        whole.apply_defaults()
-        return whole.arguments == present.arguments
-    return all(present.arguments[name] == value for name, value in given.items())
+        retry_by_itself(task)
 
 
 def _info(error: BaseException) -> ExceptionInfo:
