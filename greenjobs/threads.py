@@ -10,15 +10,18 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import functools
+import math
 import os
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import gevent
-from gevent.hub import Waiter
+from gevent.hub import Hub, Waiter
 from gevent.monkey import get_original
 
 from greenjobs import green, programs
@@ -38,6 +41,10 @@ _MORE_THAN_CORES = 4
 
 # A job that waits hears within a turn of its loop; one that has not after this computes.
 _HEARING_SECONDS = 0.1
+
+# How long somebody waits for a lock before he looks whether it is free, at first, and when he has waited for a while.
+_FIRST_LOOK_SECONDS = 0.001
+_LONGEST_LOOK_SECONDS = 0.05
 
 _get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 _start_thread = get_original("_thread", "start_new_thread")
@@ -194,6 +201,7 @@ class _Thread:
         self._mail: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._bell: Any = None
         self._call: _ThreadCall | None = None
+        _share_locks()
         _start_thread(self._live, ())
 
     def tell(self, do: Callable[..., None], *args: Any) -> None:
@@ -247,6 +255,35 @@ class _Thread:
             gevent.get_hub().loop.run_callback(self._call.throw_stray, error)
         if self._bell is not None:  # for what may not have been read
             self._bell.send()
+
+
+# --- locks of several threads -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _share_locks() -> None:
+    """Have whoever waits for a lock of the standard library look at it himself, now and then.
+
+    gevent tells those who wait that it is free in the loop of one of the threads that had to wait for it. That may be
+    one which computes by then, for as long as its job does, or one that has ended: nobody would ever hear of it.
+    """
+    kind: Any = type(threading.Lock())
+    acquire: Callable[..., bool] = kind.acquire
+
+    def acquire_in_turns(lock: Any, blocking: bool = True, timeout: float | None = -1) -> bool:
+        limit = math.inf if timeout is None or timeout == -1 else timeout
+        if not blocking or limit <= _FIRST_LOOK_SECONDS or isinstance(gevent.getcurrent(), Hub):
+            return acquire(lock, blocking, timeout)
+        deadline, pause = time.monotonic() + limit, _FIRST_LOOK_SECONDS
+        while not acquire(lock, True, pause):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            pause = min(2 * pause, _LONGEST_LOOK_SECONDS, left)
+        return True
+
+    if kind.__module__ == "gevent.thread":
+        kind.acquire = acquire_in_turns
 
 
 # --- raising in another thread ----------------------------------------------------------------------------------------

@@ -540,6 +540,36 @@ def test_loop_that_was_held_is_told_once_in_a_while_with_the_job_and_its_stack(c
     assert event["tags"]["job_type"] == "held"
 
 
+def test_sending_is_no_part_of_the_job_that_has_the_first_event(database_url: str, tmp_path: Path) -> None:
+    code = """
+    import os, sentry_sdk
+    from greenjobs import job
+
+    sentry_sdk.init(os.environ["SENTRY_TEST_DSN"], traces_sample_rate=1.0, shutdown_timeout=60)
+
+    @job(executor="thread")
+    def work():
+        sentry_sdk.capture_message("here")
+        sentry_sdk.flush(60)
+    """
+    processes.write_application(tmp_path, code)
+    processes.run(
+        "python",
+        "-c",
+        "import app; app.work.delay()",
+        folder=tmp_path,
+        database_url=database_url,
+        environment={"SENTRY_TEST_DSN": "http://key@127.0.0.1:9/1"},
+    )
+    with sentry_receiver.receiver() as sentry:
+        environment = {"SENTRY_TEST_DSN": sentry.dsn}
+        command = ("greenjobs", "run", "--until-empty")
+        processes.run(*command, folder=tmp_path, database_url=database_url, environment=environment)
+        (transaction,) = sentry.wait_for(1, lambda: sentry.transactions("work"))
+        assert [event["message"] for event in sentry.errors()] == ["here"]
+    assert transaction["spans"] == []
+
+
 @pytest.mark.parametrize(
     "options", ["auto_enabling_integrations=False", "disabled_integrations=[GreenjobsIntegration]", "dsn=None"]
 )

@@ -184,6 +184,61 @@ def test_waits_of_the_standard_library_are_those_of_the_thread(database: running
 # --- what they see ----------------------------------------------------------------------------------------------------
 
 
+def test_lock_that_a_thread_gives_back_is_had_at_once_though_the_thread_computes_on(database: running.Database) -> None:
+    """gevent tells those that wait for it in the loop of the thread, which does not turn then."""
+    lock = threading.RLock()
+    order: list[str] = []
+
+    @job(executor="thread")
+    def hold() -> None:
+        with lock:
+            order.append("held")
+            while "waits" not in order:
+                time.sleep(0.001)
+            time.sleep(0.05)
+        hold_until(lambda: order.count("had") == 3)
+
+    @job
+    def take() -> None:
+        eventually(lambda: "held" in order, "not held", seconds=running.PATIENCE_SECONDS)
+        order.append("waits")
+        with lock:
+            order.append("had")
+
+    hold.delay()
+    take.delay_many([()] * 3)
+    running.work_off(hold, take)
+    assert order == ["held", *["waits"] * 3, *["had"] * 3]
+    assert database.count() == 0
+
+
+def test_wait_for_a_lock_ends_in_time_where_there_are_threads(database: running.Database) -> None:
+    lock = threading.Lock()
+    seen: list[Any] = []
+
+    @job(executor="thread")
+    def hold() -> None:
+        lock.acquire()
+
+    @job
+    def take() -> None:
+        eventually(lock.locked, "not held", seconds=running.PATIENCE_SECONDS)
+        seen.append(lock.acquire(False))
+        seen.append(lock.acquire(timeout=0.1))
+        with contextlib.suppress(gevent.Timeout), gevent.Timeout(0.1):
+            seen.append(lock.acquire())
+        with pytest.raises(ValueError, match="positive"):
+            lock.acquire(timeout=-2)
+        lock.release()
+        seen.append(lock.acquire(timeout=0.1))
+
+    hold.delay()
+    take.delay()
+    running.work_off(hold, take)
+    assert seen == [False, False, True]
+    assert database.count() == 0
+
+
 def test_programs_that_threads_start_at_the_same_time_are_waited_for(database: running.Database) -> None:
     statuses = list(range(20))
     seen: list[list[int]] = []

@@ -28,6 +28,7 @@ from sentry_sdk.integrations import DidNotEnable, Integration, setup_integration
 from sentry_sdk.integrations.logging import ignore_logger
 from sentry_sdk.scope import Scope, add_global_event_processor, use_isolation_scope, use_scope
 from sentry_sdk.utils import parse_version
+from sentry_sdk.worker import BackgroundWorker
 
 from greenjobs import events
 from greenjobs.contrib import sentry_events, sentry_spans
@@ -78,6 +79,15 @@ def turn_on(*, runs_jobs: bool) -> None:
     """Go along with the active client, if there is one and nobody has said otherwise; see greenjobs.companions."""
     if _integration() is not None and runs_jobs:
         _home[:] = [sentry_sdk.get_isolation_scope()]
+        _start_sending()
+
+
+def _start_sending() -> None:
+    """Start the thread of Sentry that sends. It would start with the first event, within the scopes of the job that has
+    that, so that what it does was a part of the job; and in the thread of the job, with which it would end."""
+    worker = getattr(sentry_sdk.get_client().transport, "_worker", None)
+    if isinstance(worker, BackgroundWorker):
+        worker.start()
 
 
 _home: list[Scope] = []
