@@ -44,7 +44,8 @@ _HEARING_SECONDS = 0.1
 
 # How long somebody waits for a lock before he looks whether it is free, at first, and when he has waited for a while.
 _FIRST_LOOK_SECONDS = 0.001
-_LONGEST_LOOK_SECONDS = 0.05
+# Thousands of greenlets may wait on a condition: their looks are to cost next to nothing.
+_LONGEST_LOOK_SECONDS = 0.5
 
 _get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 _start_thread = get_original("_thread", "start_new_thread")
