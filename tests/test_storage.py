@@ -756,7 +756,7 @@ def test_end_of_a_greenlet_within_a_transaction_is_nothing_but_that(block: Any, 
 
     greenlet = gevent.spawn(work)
     sleeping = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'killed' AND state = 'active'"
-    of_here = " AND datname = current_database()"
+    of_here = " AND datname = current_database() AND query LIKE '%pg_sleep%'"  # and not yet what connecting asks
     eventually(lambda: database.value(sleeping + of_here) == 1, "not under way", seconds=running.PATIENCE_SECONDS)
     greenlet.kill(timeout=running.PATIENCE_SECONDS)
     assert [type(error) for error in raised] == [gevent.GreenletExit]
