@@ -63,6 +63,7 @@ def _at_most(case: str, metric: str, bound: float, *, obstacle: str = "") -> Tar
 
 # What holds figures back that are not reached.
 _TWO_CORES = "one runner and its PostgreSQL fill two cores nearly alone; what a job costs both is all there is to save"
+_ONE = "a commit takes this disk less than 0.2 ms; beside that, 25 µs of Python for binding, encoding, a handle show"
 _BULK = "the limit has its JSON encoded beforehand; binding, encoding and a handle for each job is what is left"
 _WAKING = "idle virtual processors take their time to wake up, twice a job; see the bare loop, which waits alike"
 _SPAWNING = "claims of 200 and as many greenlets start within the first milliseconds of each tenth of a second"
@@ -73,7 +74,7 @@ TARGETS: Sequence[Target] = (
     _at_least("drain", "rate", 0.75, of="bare gevent loop"),
     _at_least("drain_two_processes", "rate", 1.5, of="greenjobs, one process", obstacle=_TWO_CORES),
     _at_most("drain", "cpu_us", 22),
-    _at_least("enqueue_one", "rate", 0.9, of="raw INSERT"),
+    _at_least("enqueue_one", "rate", 0.9, of="raw INSERT", obstacle=_ONE),
     _at_least("enqueue_concurrent", "rate", 0.75, of="raw INSERT"),
     _at_least("enqueue_bulk", "rate", 0.75, of="raw INSERT", obstacle=_BULK),
     _at_least("drain_under_scheduled", "rate", 0.95, of="greenjobs, nothing scheduled"),
